@@ -1,0 +1,1 @@
+"""Backends: the runtimes that execute a graph. `base` is the seam, `registry` the one place that chooses."""

@@ -1,0 +1,139 @@
+"""The onnxruntime backend: any graph, on the CPU, anywhere.
+
+It compiles nothing ahead of time: the portable graph is what it loads, Q/DQ nodes fused into integer kernels as the
+session is made. Threads, spinning and graph optimisation come from the profile. `infer` with `out` runs over a kept
+binding as long as it is given the same arrays, so a serving loop neither allocates nor re-binds.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edge_sdk.backends.base import Availability
+from edge_sdk.errors import BackendUnavailable, EngineFailed, OutOfMemory
+from edge_sdk.package import GRAPH, EnginePackage
+from edge_sdk.profiles import DeviceProfile, physical_cores
+from edge_sdk.tensors import Array, Outputs, TensorSpec
+
+_INSTALL = "Install it: pip install 'edge-sdk[cpu]'."
+_BINDINGS_KEPT = 16
+"""A serving loop has one set of arrays for each batch size it uses."""
+
+
+class OnnxRuntimeBackend:
+    name = "onnxruntime"
+
+    def availability(self) -> Availability:
+        if importlib.util.find_spec("onnxruntime") is None:
+            return Availability(None, "onnxruntime is not installed.", _INSTALL)
+        return Availability(importlib.metadata.version("onnxruntime"))
+
+    def build(self, graph: Path, profile: DeviceProfile, folder: Path) -> str | None:
+        return None
+
+    def load(self, package: EnginePackage, profile: DeviceProfile) -> OnnxRuntimeEngine:
+        return self.load_graph(package.read(GRAPH), profile)
+
+    def load_graph(self, graph: bytes, profile: DeviceProfile) -> OnnxRuntimeEngine:
+        return OnnxRuntimeEngine(_session(graph, profile))
+
+
+class OnnxRuntimeEngine:
+    """An onnxruntime session, behind the Engine protocol."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self._inputs = tuple(_spec(node) for node in session.get_inputs())
+        self._outputs = tuple(_spec(node) for node in session.get_outputs())
+        self._output_names = [spec.name for spec in self._outputs]
+        self._bindings: dict[tuple[int, ...], tuple[Any, tuple[Array, ...]]] = {}
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._outputs
+
+    def infer(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> Outputs:
+        if self._session is None:
+            raise EngineFailed("This engine was closed; it cannot infer any more.", fix="Load the package again.")
+        try:
+            if out is None:
+                return dict(zip(self._output_names, self._session.run(self._output_names, dict(feeds))))
+            self._session.run_with_iobinding(self._binding(feeds, out))
+            return dict(out)
+        except Exception as exc:
+            raise _translated(exc) from exc
+
+    def close(self) -> None:
+        self._bindings.clear()
+        self._session = None
+
+    def _binding(self, feeds: Mapping[str, Array], out: Mapping[str, Array]) -> Any:
+        """A binding of exactly these arrays, kept: re-binding costs as much as running a small model."""
+        arrays = (*feeds.values(), *out.values())
+        key = tuple(map(id, arrays))
+        if (kept := self._bindings.get(key)) is not None:
+            return kept[0]
+        binding = self._session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for name, array in out.items():
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        if len(self._bindings) >= _BINDINGS_KEPT:
+            self._bindings.pop(next(iter(self._bindings)))
+        self._bindings[key] = (binding, arrays)  # holding the arrays keeps their ids from being used again
+        return binding
+
+
+def _session(graph: bytes, profile: DeviceProfile) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as exc:
+        raise BackendUnavailable(f"onnxruntime cannot be imported: {exc}.", fix=_INSTALL) from exc
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = profile.onnxruntime.intra_op_threads or physical_cores()
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = {
+        "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+        "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+        "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    }[profile.onnxruntime.graph_optimization]
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(profile.onnxruntime.spinning)))
+    options.log_severity_level = 3  # errors; they reach us as exceptions anyway
+    try:
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as exc:  # onnxruntime's exceptions share no base class
+        raise EngineFailed(f"onnxruntime cannot load the graph: {_first_line(exc)}.") from exc
+
+
+def _spec(node: Any) -> TensorSpec:
+    shape = tuple(axis if isinstance(axis, int) else (axis or "?") for axis in node.shape)
+    return TensorSpec(node.name, _DTYPES.get(node.type, node.type), shape)
+
+
+_DTYPES = {
+    "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64",
+    "tensor(int8)": "int8", "tensor(int16)": "int16", "tensor(int32)": "int32", "tensor(int64)": "int64",
+    "tensor(uint8)": "uint8", "tensor(uint16)": "uint16", "tensor(uint32)": "uint32", "tensor(uint64)": "uint64",
+    "tensor(bool)": "bool", "tensor(string)": "string",
+}  # fmt: skip
+
+
+def _translated(exc: Exception) -> Exception:
+    """onnxruntime's exceptions share no base class and say what they mean in their text."""
+    text = _first_line(exc)
+    if "Failed to allocate memory" in str(exc) or isinstance(exc, MemoryError):
+        return OutOfMemory("The device ran out of memory while it computed this.")
+    return EngineFailed(f"onnxruntime could not run the graph: {text}.")
+
+
+def _first_line(exc: Exception) -> str:
+    return (str(exc).strip().splitlines() or [type(exc).__name__])[0].rstrip(".")[:400]

@@ -1,0 +1,157 @@
+"""The reference backend: the ONNX specification's own evaluator, and an engine that misbehaves when told to.
+
+It is slow and literal, so it is an oracle for the fast backends. And it is the stand-in for hardware that fails: a
+graph whose metadata holds `edge_sdk.reference` tells the engine what to do and when, so that a real daemon can be shown
+a runtime that hangs, raises, answers NaN or takes the process down, with no mock in sight.
+
+    edge_sdk.reference = [{"do": "raise", "when": 666.0}, {"do": "sleep", "seconds": 0.05}]
+
+`do` is `sleep`, `raise`, `nan` or `abort`. `when` is a value; the order is followed if any element of the first input
+equals it. Without `when` it is followed every time.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from edge_sdk.backends.base import Availability
+from edge_sdk.errors import BackendUnavailable, EngineFailed
+from edge_sdk.package import GRAPH, EnginePackage
+from edge_sdk.profiles import DeviceProfile
+from edge_sdk.tensors import DTYPE_FROM_OIP, Array, Outputs, TensorSpec, numpy_dtype
+
+ORDERS = "edge_sdk.reference"
+_INSTALL = "Install it: pip install 'edge-sdk[build]'."
+
+
+@dataclass(frozen=True)
+class Order:
+    """Something to do instead of, or before, computing."""
+
+    do: Literal["sleep", "raise", "nan", "abort"]
+    when: float | None = None
+    seconds: float = 0.0
+
+    def applies(self, first_input: Array) -> bool:
+        return self.when is None or bool(np.any(first_input == self.when))
+
+
+class ReferenceBackend:
+    name = "reference"
+
+    def availability(self) -> Availability:
+        if importlib.util.find_spec("onnx") is None:
+            return Availability(None, "onnx is not installed.", _INSTALL)
+        return Availability(importlib.metadata.version("onnx"))
+
+    def build(self, graph: Path, profile: DeviceProfile, folder: Path) -> str | None:
+        return None
+
+    def load(self, package: EnginePackage, profile: DeviceProfile) -> ReferenceEngine:
+        return self.load_graph(package.read(GRAPH), profile)
+
+    def load_graph(self, graph: bytes, profile: DeviceProfile) -> ReferenceEngine:
+        try:
+            import onnx
+            import onnx.reference
+        except ImportError as exc:
+            raise BackendUnavailable(f"onnx cannot be imported: {exc}.", fix=_INSTALL) from exc
+        try:
+            model = onnx.load_from_string(graph)
+            evaluator = onnx.reference.ReferenceEvaluator(model)
+        except Exception as exc:  # protobuf's and the evaluator's exceptions share no base class
+            raise EngineFailed(f"onnx's reference evaluator cannot load the graph: {exc}.") from exc
+        initializers = {tensor.name for tensor in model.graph.initializer}
+        orders = next((prop.value for prop in model.metadata_props if prop.key == ORDERS), "[]")
+        return ReferenceEngine(
+            evaluator,
+            inputs=tuple(_spec(value) for value in model.graph.input if value.name not in initializers),
+            outputs=tuple(_spec(value) for value in model.graph.output),
+            orders=tuple(Order(**order) for order in json.loads(orders)),
+        )
+
+
+class ReferenceEngine:
+    """onnx's evaluator, behind the Engine protocol."""
+
+    def __init__(
+        self,
+        evaluator: Any,
+        *,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        orders: tuple[Order, ...],
+    ) -> None:
+        self._evaluator = evaluator
+        self._inputs = inputs
+        self._outputs = outputs
+        self._orders = orders
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._outputs
+
+    def infer(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> Outputs:
+        if self._evaluator is None:
+            raise EngineFailed("This engine was closed; it cannot infer any more.", fix="Load the package again.")
+        spoilt = self._follow_orders(feeds)
+        try:
+            computed = self._evaluator.run(None, dict(feeds))
+        except Exception as exc:  # the evaluator raises whatever numpy and its operators raise
+            raise EngineFailed(f"onnx's reference evaluator could not run the graph: {exc}.") from exc
+        results = {
+            spec.name: np.ascontiguousarray(array, dtype=numpy_dtype(spec.dtype))
+            for spec, array in zip(self._outputs, computed)
+        }
+        if spoilt:
+            results = {name: np.full_like(array, np.nan) for name, array in results.items()}
+        if out is None:
+            return results
+        for name, array in out.items():
+            np.copyto(array, results[name])
+        return dict(out)
+
+    def close(self) -> None:
+        self._evaluator = None
+
+    def _follow_orders(self, feeds: Mapping[str, Array]) -> bool:
+        """Do as told; whether the results are to be spoilt."""
+        spoilt = False
+        for order in self._orders:
+            if not order.applies(feeds[self._inputs[0].name]):
+                continue
+            match order.do:
+                case "sleep":
+                    time.sleep(order.seconds)
+                case "raise":
+                    raise EngineFailed("The reference engine was told to fail.")
+                case "nan":
+                    spoilt = True
+                case "abort":
+                    os.abort()
+        return spoilt
+
+
+def _spec(value: Any) -> TensorSpec:
+    import onnx
+
+    tensor = value.type.tensor_type
+    name = onnx.TensorProto.DataType.Name(tensor.elem_type)
+    dtype = {"STRING": "string", "FLOAT": "float32", "DOUBLE": "float64"}.get(name, name.lower())
+    assert dtype in DTYPE_FROM_OIP.values(), dtype
+    axes = (axis.dim_value if axis.HasField("dim_value") else axis.dim_param or "?" for axis in tensor.shape.dim)
+    return TensorSpec(value.name, dtype, tuple(axes))

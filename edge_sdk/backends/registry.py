@@ -1,0 +1,70 @@
+"""Which backend runs a package: the one place that names them all, each imported only when it is chosen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edge_sdk.errors import BackendUnavailable, PackageMismatch
+from edge_sdk.package import EnginePackage
+from edge_sdk.profiles import DeviceProfile, Machine, load_profile
+
+if TYPE_CHECKING:
+    from edge_sdk.backends.base import Backend, Engine
+
+NAMES = ("onnxruntime", "reference")
+"""Backends that exist. A profile may name one that does not exist yet; its packages then hold the graph alone."""
+
+
+def backend(name: str) -> Backend:
+    """The backend called `name`; BackendUnavailable if edge-sdk has none of that name."""
+    match name:
+        case "onnxruntime":
+            from edge_sdk.backends.onnxruntime import OnnxRuntimeBackend
+
+            return OnnxRuntimeBackend()
+        case "reference":
+            from edge_sdk.backends.reference import ReferenceBackend
+
+            return ReferenceBackend()
+    raise BackendUnavailable(
+        f"edge-sdk has no backend {name!r} in this release; it has {', '.join(NAMES)}.",
+        fix="The package's portable graph runs with any of them: build for a cpu profile to use it here.",
+    )
+
+
+def backend_for(profile: DeviceProfile) -> Backend:
+    """The first backend the profile prefers that can run here; BackendUnavailable says what each of them lacks."""
+    lacking = []
+    fixes = []
+    for name in profile.backends:
+        try:
+            candidate = backend(name)
+        except BackendUnavailable as exc:
+            lacking.append(exc.problem)
+            fixes.append(exc.fix)
+            continue
+        if available := candidate.availability():
+            return candidate
+        lacking.append(f"{name}: {available.why_not}")
+        fixes.append(available.fix)
+    raise BackendUnavailable(
+        f"Nothing here can run an engine for profile {profile.name}. {' '.join(lacking)}", fix=" ".join(fixes)
+    )
+
+
+def load_engine(package: EnginePackage, machine: Machine | None = None) -> Engine:
+    """The package's engine, loaded by the backend its manifest names.
+
+    Raises PackageMismatch if the package does not fit this machine, PackageError if a file was altered,
+    BackendUnavailable or EngineFailed as the backend says.
+    """
+    if reasons := package.mismatches(machine or Machine.read()):
+        raise PackageMismatch(
+            f"The package {package} does not fit this machine: {'; '.join(reasons)}.",
+            reasons=reasons,
+            fix="Build it for this machine: `edge-sdk profiles detect` names the profile.",
+        )
+    chosen = backend(package.manifest.backend.name)
+    if not (available := chosen.availability()):
+        raise BackendUnavailable(f"The package {package} needs {chosen.name}: {available.why_not}", fix=available.fix)
+    return chosen.load(package, load_profile(package.manifest.profile))

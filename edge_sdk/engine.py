@@ -1,0 +1,72 @@
+"""An engine in your own process: the package opened, checked, loaded, and asked with plain arrays."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from edge_sdk.backends.base import Engine
+from edge_sdk.backends.registry import load_engine as load_with_backend
+from edge_sdk.package import EnginePackage
+from edge_sdk.tensors import Outputs, TensorSpec, check_feeds
+
+
+class LoadedEngine:
+    """An engine that checks what it is given; a context manager.
+
+    >>> with edge_sdk.load_engine("engines/digits/build/cpu-x86") as engine:
+    ...     engine.infer({"image": images})["probabilities"]
+    """
+
+    def __init__(self, package: EnginePackage, engine: Engine) -> None:
+        self.package = package
+        self._engine = engine
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Name, dtype and shape of each input."""
+        return self._engine.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Name, dtype and shape of each output."""
+        return self._engine.outputs
+
+    def infer(self, feeds: Mapping[str, Any]) -> Outputs:
+        """Every output, by name, from one array per input. The arrays given back are the caller's to keep.
+
+        Shapes and dtypes are those of `inputs`; an axis with a name may have any size. Raises InvalidTensor if an array
+        does not fit, EngineFailed if the runtime fails, OutOfMemory if it ran out of memory.
+        """
+        arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        check_feeds(arrays, self.inputs)
+        return self._engine.infer(arrays)
+
+    def close(self) -> None:
+        """Give the memory back; `infer` raises EngineFailed from then on."""
+        self._engine.close()
+
+    def __enter__(self) -> LoadedEngine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<LoadedEngine {self.package}>"
+
+
+def load_engine(package: EnginePackage | str | os.PathLike[str]) -> LoadedEngine:
+    """Load the engine of a package (or of the package in that directory), every file checked against its digest.
+
+    Raises PackageError if it is no package or was altered, PackageMismatch if it does not fit this machine,
+    BackendUnavailable if the runtime it needs is not installed, EngineFailed if the runtime refuses it.
+    """
+    opened = package if isinstance(package, EnginePackage) else EnginePackage.open(package)
+    return LoadedEngine(opened, load_with_backend(opened))

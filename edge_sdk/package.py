@@ -1,0 +1,330 @@
+"""Engine packages: what a build hands to a device, and what a device checks before it trusts one.
+
+A package is a directory:
+
+    manifest.json     what it is: I/O, task, profile, precision, provenance, measurements, a digest of every file
+    graph.onnx        the portable graph; INT8 is in it as Q/DQ nodes, so any backend can be given it
+    labels.txt        where the task has labels
+    report.json       the figures; report.md says them to a person
+    engine.*          where a backend has one: a cache entry that can be rebuilt from the graph
+
+It is written beside its place and moved there in one step: a reader sees the old one or the new one, never a half.
+Every file is checked against its digest when it is read, so an altered package is refused and never half-loaded.
+The format is specified in docs/package-format.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edge_sdk.errors import PackageError
+from edge_sdk.profiles import Machine, Precision
+from edge_sdk.spec import NAME, Postprocess, Preprocess, TaskName
+from edge_sdk.tensors import TensorSpec
+from edge_sdk.toml import describe
+
+FORMAT = 1
+GRAPH = "graph.onnx"
+MANIFEST = "manifest.json"
+LABELS = "labels.txt"
+
+
+class Record(BaseModel):
+    """A part of the manifest: immutable; keys of a newer minor release are kept out of the way, not refused."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class SourceRecord(Record):
+    """The ONNX file a package was built from."""
+
+    file: str
+    sha256: str
+    bytes: int
+    opset: int
+    ir_version: int
+    already_quantized: bool = False
+
+
+class CalibrationRecord(Record):
+    """The data behind the INT8 ranges, so that it can be asked for years later."""
+
+    data: str
+    sha256: str
+    samples: int
+    method: str
+
+
+class Figures(Record):
+    """What one graph measured on the machine that built it. Latency is the median, in milliseconds, at batch 1."""
+
+    precision: Precision
+    bytes: int
+    top1_percent: float | None = None
+    latency_ms: float
+    per_second_at_batch: Mapping[int, float] = {}
+
+
+class Measurements(Record):
+    """The engine beside FP32, measured interleaved in one run; what it was judged on; what was decided, and why."""
+
+    reference: Figures
+    engine: Figures
+    samples: int
+    judged_on: str
+    agreement_percent: float | None = None
+    snr_db: float | None = None
+    decision: str
+
+
+class BatchingRecord(Record):
+    max_batch: int = Field(gt=0)
+    best_batch: int = Field(gt=0)
+    """The batch with the most inferences a second when it was built."""
+    max_wait_ms: float = 0.0
+
+
+class BackendRecord(Record):
+    name: str
+    engine_file: str | None = None
+    missing: str | None = None
+    """Why there is no engine file although this backend has them: it was not to be had where the package was built."""
+
+
+class FileRecord(Record):
+    sha256: str
+    bytes: int
+
+
+class Manifest(Record):
+    """manifest.json, format 1."""
+
+    format: Literal[1] = 1
+    name: str = Field(pattern=NAME)
+    version: str = Field(pattern=NAME)
+    task: TaskName
+    preprocess: Preprocess | None = None
+    postprocess: Postprocess = Postprocess()
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profile: str
+    architecture: str
+    precision: Precision
+    batching: BatchingRecord
+    backend: BackendRecord
+    source: SourceRecord
+    calibration: CalibrationRecord | None = None
+    tools: Mapping[str, str]
+    measurements: Measurements | None = None
+    build_key: str
+    """Digest of everything the build depended on; the same key means the same package."""
+    created: str
+    files: Mapping[str, FileRecord] = {}
+
+
+@dataclass(frozen=True)
+class EnginePackage:
+    """A package on disk whose manifest has been read and is well-formed. Files are checked as they are read."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> EnginePackage:
+        """The package in the directory `path`; PackageError if there is none, or its manifest is not sound."""
+        folder = Path(path)
+        try:
+            raw = (folder / MANIFEST).read_bytes()
+        except OSError as exc:
+            raise PackageError(
+                f"{folder} is not an engine package: it has no readable {MANIFEST}.",
+                fix="`edge-sdk build-engine` makes one and prints where it is.",
+            ) from exc
+        try:
+            data = json.loads(raw)
+        except ValueError as exc:
+            raise PackageError(f"{folder / MANIFEST} is not JSON: {exc}.", fix="Build the package again.") from exc
+        found = data.get("format") if isinstance(data, dict) else None
+        if found != FORMAT:
+            raise PackageError(
+                f"{folder} has package format {found!r}; this edge-sdk reads format {FORMAT}.",
+                fix="Build it again with this edge-sdk.",
+            )
+        try:
+            return cls(folder, Manifest.model_validate(data))
+        except ValidationError as exc:
+            raise PackageError(f"{folder / MANIFEST}: {describe(exc)}.", fix="Build the package again.") from exc
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    @property
+    def version(self) -> str:
+        return self.manifest.version
+
+    @property
+    def digest(self) -> str:
+        """One digest for the whole package: the manifest's, which holds every file's."""
+        return hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file of the package, checked against its digest."""
+        record = self.manifest.files.get(name)
+        if record is None:
+            raise PackageError(f"The package {self.path} has no file {name!r}.", fix="Build the package again.")
+        try:
+            data = (self.path / name).read_bytes()
+        except OSError as exc:
+            raise PackageError(
+                f"{self.path / name} cannot be read: {exc.strerror or exc}.", fix="Build the package again."
+            ) from exc
+        if hashlib.sha256(data).hexdigest() != record.sha256:
+            raise PackageError(
+                f"{self.path / name} was altered after the build: {len(data):,} bytes whose digest is not the "
+                f"manifest's ({record.bytes:,} bytes, sha256 {record.sha256[:12]}...).",
+                fix="Build the package again, or copy it again from where it came.",
+            )
+        return data
+
+    def verify(self) -> None:
+        """Check every file against its digest; PackageError names the first that differs."""
+        for name in self.manifest.files:
+            self.read(name)
+
+    def labels(self) -> tuple[str, ...]:
+        """The labels, in the order of the model's classes; empty where the package has none."""
+        if LABELS not in self.manifest.files:
+            return ()
+        return tuple(self.read(LABELS).decode("utf-8").splitlines())
+
+    def mismatches(self, machine: Machine) -> tuple[str, ...]:
+        """Every way in which the package does not fit `machine`; empty if it does. Backends are not asked here."""
+        reasons = []
+        if self.manifest.architecture != machine.architecture:
+            reasons.append(
+                f"it was built for {self.manifest.architecture} (profile {self.manifest.profile}), "
+                f"this machine is {machine.architecture}"
+            )
+        return tuple(reasons)
+
+    def __str__(self) -> str:
+        m = self.manifest
+        return f"{m.name} {m.version} ({m.precision}, profile {m.profile})"
+
+
+def find_packages(folder: Path) -> list[EnginePackage]:
+    """Every readable package in `folder`: itself, its children, and `<name>/build/<profile>` as build-engine writes."""
+    patterns = (MANIFEST, f"*/{MANIFEST}", f"*/*/{MANIFEST}", f"*/build/*/{MANIFEST}")
+    found = sorted({file.parent for pattern in patterns for file in folder.glob(pattern) if _visible(file, folder)})
+    return [EnginePackage.open(path) for path in found]
+
+
+def _visible(file: Path, folder: Path) -> bool:
+    return not any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[Path]:
+    """A fresh directory to fill, which takes the place of `target` when the block ends well and vanishes otherwise.
+
+    >>> with writing(Path("build/cpu-x86")) as folder:
+    ...     (folder / "graph.onnx").write_bytes(graph)
+    ...     seal(folder, manifest)
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = target.parent / f".{target.name}.{secrets.token_hex(4)}"
+        staged.mkdir()
+    except OSError as exc:
+        raise PackageError(
+            f"{target.parent} cannot be written: {exc.strerror or exc}.", fix="Give another place with --output."
+        ) from exc
+    try:
+        yield staged
+        _sync(staged)
+        _take_place(staged, target)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def seal(folder: Path, manifest: Manifest) -> Manifest:
+    """Write `manifest` with the digest of every file that lies in `folder`; gives back what it wrote."""
+    files = {
+        file.name: FileRecord(sha256=file_sha256(file), bytes=file.stat().st_size)
+        for file in sorted(folder.iterdir())
+        if file.name != MANIFEST
+    }
+    sealed = manifest.model_copy(update={"files": files})
+    (folder / MANIFEST).write_text(
+        json.dumps(sealed.model_dump(mode="json", exclude_none=True), indent=2, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+    )
+    return sealed
+
+
+def file_sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _take_place(staged: Path, target: Path) -> None:
+    """Put `staged` where `target` is, in one step where the kernel can exchange two names (Linux 3.15 and later).
+
+    Afterwards `staged` names what was there before, if anything; the caller removes it.
+    """
+    if not target.exists():
+        staged.rename(target)
+    elif not _exchange(staged, target):
+        aside = staged.with_name(staged.name + ".old")
+        target.rename(aside)
+        staged.rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
+    _sync_directory(target.parent)
+
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names atomically; False where the C library or the file system cannot."""
+    try:
+        renameat2: Any = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    done = renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return bool(done == 0)
+
+
+def _sync(folder: Path) -> None:
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    _sync_directory(folder)
+
+
+def _sync_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

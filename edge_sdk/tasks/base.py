@@ -1,0 +1,71 @@
+"""The seam between bytes and tensors: a task turns a payload into feeds, and outputs into an answer body.
+
+Tasks know content types and no transport. They run on worker threads, so everything here is immutable. A task raises
+RequestErrors only: what is wrong with a payload is the sender's to know.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from edge_sdk.tensors import Feeds, Outputs
+
+JSON = "application/json"
+BINARY = "application/octet-stream"
+TEXT = "text/plain"
+JPEG = "image/jpeg"
+PNG = "image/png"
+NPY = "application/x-npy"
+
+
+@dataclass(frozen=True)
+class Payload:
+    """The body of a request as it came."""
+
+    data: bytes
+    content_type: str | None = None
+    """Lower case, without parameters; None: to be sniffed."""
+    header_length: int | None = None
+    """With BINARY: length in bytes of the JSON header before the tensors."""
+    accept: str | None = None
+    """The content type wanted for the answer; None: JSON."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A payload understood: the feeds for one inference, and what the answer has to look like.
+
+    Arrays may be views of the payload's bytes (read-only). `rows` is how many places of a batch the request takes;
+    0 means that it cannot share one.
+    """
+
+    feeds: Feeds
+    rows: int
+    reply: object = None
+    """Whatever the task needs to remember to phrase the answer."""
+
+
+@dataclass(frozen=True)
+class Body:
+    """The body of an answer."""
+
+    data: bytes
+    content_type: str = JSON
+    header_length: int | None = None
+    """With BINARY: length in bytes of the JSON header before the tensors."""
+
+
+class Task(Protocol):
+    """One model's way of reading payloads and phrasing answers."""
+
+    content_types: tuple[str, ...]
+    """What it accepts."""
+
+    def decode(self, payload: Payload) -> Decoded:
+        """Feeds for the model; raises Malformed, UnsupportedType, TooLarge or InvalidTensor."""
+        ...
+
+    def encode(self, outputs: Outputs, decoded: Decoded) -> Body:
+        """The answer to the request that `decode` read; `outputs` hold its rows alone and are not kept."""
+        ...

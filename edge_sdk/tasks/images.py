@@ -1,0 +1,129 @@
+"""A JPEG or PNG becomes a model's input: decoded by Pillow under limits, then preprocessed as the spec declares.
+
+The size in the header is checked before a pixel is decoded, so a small file that claims a huge picture costs nothing.
+A JPEG much larger than what the model looks at is decoded at half, a quarter or an eighth of its size (libjpeg does
+that while decoding), which saves most of the time on camera pictures. EXIF rotation is applied; alpha is dropped; the
+first frame of an animation counts. The same code prepares calibration photos and requests, so an engine is calibrated
+on exactly what it will see.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edge_sdk.errors import BackendUnavailable, Malformed, TooLarge, UnsupportedType
+from edge_sdk.spec import Preprocess
+from edge_sdk.tensors import Array
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_PIXELS = 50_000_000
+"""More than any camera an edge device is likely to see; 150 MB once decoded."""
+
+_SHARPNESS = 2
+"""A JPEG is never decoded to less than this many times the size it is resized to."""
+
+
+def decode_image(data: bytes, preprocess: Preprocess) -> Array:
+    """The picture in `data` as float32 [1, C, H, W] (or [1, H, W, C]).
+
+    Raises UnsupportedType if it is not a JPEG or PNG, TooLarge beyond MAX_PIXELS, Malformed if it is broken.
+    """
+    picture = _open(data)
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise TooLarge(f"The picture is {width} x {height}; at most {MAX_PIXELS:,} pixels are decoded.")
+    try:
+        target = _resized_size(picture.size, preprocess)
+        picture.draft("RGB", (target[0] * _SHARPNESS, target[1] * _SHARPNESS))
+        picture = _upright(_in_color(picture, preprocess))
+        pixels = np.asarray(_resized_and_cropped(picture, preprocess))
+    except (OSError, SyntaxError, ValueError, struct.error, EOFError, IndexError) as exc:  # as Pillow's plugins do
+        raise Malformed("The picture is broken or cut off; it cannot be decoded.") from exc
+    return normalize(pixels, preprocess)
+
+
+def normalize(pixels: Array, preprocess: Preprocess) -> Array:
+    """uint8 [H, W] or [H, W, 3] in RGB order -> float32 with a leading axis of 1, as `preprocess` declares."""
+    if pixels.ndim == 2:
+        pixels = pixels[:, :, np.newaxis]
+    if preprocess.color == "BGR":
+        pixels = pixels[:, :, ::-1]
+    std = np.asarray(preprocess.std, dtype=np.float32)
+    gain: Array = np.float32(preprocess.scale) / std
+    offset: Array = -np.asarray(preprocess.mean, dtype=np.float32) / std
+    if preprocess.layout == "NCHW":
+        pixels, gain, offset = pixels.transpose(2, 0, 1), gain.reshape(-1, 1, 1), offset.reshape(-1, 1, 1)
+    prepared = np.empty(pixels.shape, dtype=np.float32)
+    np.multiply(pixels, gain, out=prepared, dtype=np.float32)
+    prepared += offset
+    return prepared[np.newaxis]
+
+
+def _open(data: bytes) -> Image:
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as exc:
+        raise BackendUnavailable(
+            f"Pillow cannot be imported: {exc}.", fix="Pictures need it: pip install 'edge-sdk[vision]'."
+        ) from exc
+    try:
+        return Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
+        raise TooLarge(f"The picture is far larger than the {MAX_PIXELS:,} pixels that are decoded.") from exc
+    except UnidentifiedImageError as exc:
+        raise UnsupportedType("The body is neither a JPEG nor a PNG picture.") from exc
+    except (OSError, SyntaxError, ValueError, struct.error, EOFError, IndexError) as exc:
+        raise Malformed("The picture's header is broken; it cannot be decoded.") from exc
+
+
+def _in_color(picture: Image, preprocess: Preprocess) -> Image:
+    """In RGB, or in L where the model wants one channel; 16-bit pictures keep their upper 8 bits."""
+    from PIL import Image
+
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    return picture.convert("L" if preprocess.color == "L" else "RGB")
+
+
+def _upright(picture: Image) -> Image:
+    from PIL import ImageOps
+
+    return ImageOps.exif_transpose(picture)
+
+
+def _resized_size(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int]:
+    """Width and height after resizing, before cropping."""
+    if preprocess.resize is not None:
+        height, width = preprocess.resize
+        return width, height
+    assert preprocess.resize_short_side is not None
+    width, height = size
+    short = min(width, height)
+    return (
+        max(1, round(width * preprocess.resize_short_side / short)),
+        max(1, round(height * preprocess.resize_short_side / short)),
+    )
+
+
+def _resized_and_cropped(picture: Image, preprocess: Preprocess) -> Image:
+    from PIL import Image
+
+    resample = {
+        "bilinear": Image.Resampling.BILINEAR,
+        "bicubic": Image.Resampling.BICUBIC,
+        "nearest": Image.Resampling.NEAREST,
+    }[preprocess.interpolation]
+    target = _resized_size(picture.size, preprocess)
+    if target != picture.size:
+        picture = picture.resize(target, resample)
+    if preprocess.center_crop is not None:
+        side = preprocess.center_crop
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        picture = picture.crop((left, top, left + side, top + side))
+    return picture

@@ -1,0 +1,161 @@
+"""What goes into an engine and comes out of it: named tensors of a dtype and a shape.
+
+Dtypes carry numpy's names inside (`float32`) and the Open Inference Protocol's on the wire (`FP32`); this file is the
+only place that knows both. A shape holds an int for a fixed axis and a name for one that may vary (`"batch"`); an axis
+the model left nameless is called `"?"`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_sdk.errors import InvalidTensor
+
+Array = NDArray[Any]
+Feeds = dict[str, Array]
+"""One array for each input of an engine, by name."""
+Outputs = dict[str, Array]
+"""One array for each output of an engine, by name."""
+
+OIP_FROM_DTYPE = {
+    "bool": "BOOL",
+    "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64",
+    "int8": "INT8", "int16": "INT16", "int32": "INT32", "int64": "INT64",
+    "float16": "FP16", "float32": "FP32", "float64": "FP64",
+    "string": "BYTES",
+}  # fmt: skip
+DTYPE_FROM_OIP = {oip: dtype for dtype, oip in OIP_FROM_DTYPE.items()}
+
+MAX_RANK = 16
+"""More axes than any model has; numpy itself stops at 64."""
+MAX_ELEMENTS = 1 << 31
+"""A bound checked before any arithmetic on sizes a stranger sent is believed."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """The name, dtype (numpy's name, or `string`) and shape of one input or output."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    @property
+    def oip_datatype(self) -> str:
+        return OIP_FROM_DTYPE[self.dtype]
+
+    @property
+    def oip_shape(self) -> list[int]:
+        """The shape as the Open Inference Protocol writes it: -1 for an axis that may vary."""
+        return [axis if isinstance(axis, int) else -1 for axis in self.shape]
+
+    @property
+    def has_free_axes(self) -> bool:
+        return any(isinstance(axis, str) for axis in self.shape)
+
+    def at_batch(self, batch: int) -> tuple[int | str, ...]:
+        """The shape with its first axis set to `batch`, if that axis is free."""
+        if self.shape and isinstance(self.shape[0], str):
+            return (batch, *self.shape[1:])
+        return self.shape
+
+    def __str__(self) -> str:
+        axes = ", ".join(str(axis) for axis in self.shape)
+        return f"{self.name}: {self.dtype}[{axes}]"
+
+
+def numpy_dtype(dtype: str) -> np.dtype[Any]:
+    """The numpy dtype behind our name; `string` tensors are arrays of Python objects (bytes)."""
+    return np.dtype(object) if dtype == "string" else np.dtype(dtype)
+
+
+def dtype_name(array: Array) -> str:
+    """Our name for an array's dtype: the inverse of `numpy_dtype`."""
+    return "string" if array.dtype.kind in "OSU" else array.dtype.name
+
+
+def element_count(shape: Sequence[int]) -> int:
+    """The product of a shape a stranger claimed, or InvalidTensor: checked before anything is allocated."""
+    if len(shape) > MAX_RANK:
+        raise InvalidTensor(f"A shape has {len(shape)} axes; at most {MAX_RANK} are taken.")
+    count = 1
+    for axis in shape:
+        if axis < 0:
+            raise InvalidTensor(f"The shape {list(shape)} has a negative axis; a request gives every size.")
+        count *= axis
+        if count > MAX_ELEMENTS:
+            raise InvalidTensor(f"The shape {_short(shape)} has more than {MAX_ELEMENTS:,} elements.")
+    return count
+
+
+def check_feeds(feeds: Mapping[str, Array], specs: Sequence[TensorSpec]) -> None:
+    """Raise InvalidTensor unless there is exactly one fitting array for each of `specs`.
+
+    Named axes must agree with one another wherever their name recurs (`"?"` never has to).
+    """
+    wanted = {spec.name for spec in specs}
+    if unknown := sorted(set(feeds) - wanted):
+        raise InvalidTensor(f"The model has no input {unknown[0][:80]!r}; its inputs are {_listed(wanted)}.")
+    bound: dict[str, int] = {}
+    for spec in specs:
+        if spec.name not in feeds:
+            raise InvalidTensor(f"Input {spec.name!r} is missing; the model's inputs are {_listed(wanted)}.")
+        check_array(feeds[spec.name], spec)
+        for axis, size in zip(spec.shape, feeds[spec.name].shape):
+            if isinstance(axis, str) and axis != "?" and bound.setdefault(axis, size) != size:
+                raise InvalidTensor(
+                    f"Input {spec.name!r} has {size} along axis {axis!r}, another input has {bound[axis]}; "
+                    "they must be equal."
+                )
+
+
+def check_array(array: Array, spec: TensorSpec) -> None:
+    """Raise InvalidTensor unless `array` has the dtype and the shape of `spec`."""
+    if dtype_name(array) != spec.dtype:
+        came = OIP_FROM_DTYPE.get(dtype_name(array), array.dtype.name)
+        raise InvalidTensor(f"Input {spec.name!r} came as {came}; the model takes {spec.oip_datatype}.")
+    fits = len(array.shape) == len(spec.shape) and all(
+        isinstance(axis, str) or axis == size for axis, size in zip(spec.shape, array.shape)
+    )
+    if not fits:
+        raise InvalidTensor(
+            f"Input {spec.name!r} came with shape {_short(array.shape)}; the model takes {spec.oip_shape} "
+            "(-1: any size)."
+        )
+
+
+def is_batchable(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bool:
+    """Whether requests can be stacked along a shared, free first axis.
+
+    True only when every input and output starts with the same free axis and no input has another one: a model whose
+    state runs along its second axis, or whose lengths vary, must see each request alone.
+    """
+    specs = (*inputs, *outputs)
+    if not specs or any(not spec.shape or not isinstance(spec.shape[0], str) for spec in specs):
+        return False
+    first_axes = {spec.shape[0] for spec in specs}
+    return len(first_axes) == 1 and not any(isinstance(axis, str) for spec in inputs for axis in spec.shape[1:])
+
+
+def allocate(specs: Sequence[TensorSpec], batch: int) -> dict[str, Array] | None:
+    """Arrays that fit `specs` at `batch`, or None where a size is known only once it has been computed."""
+    arrays = {}
+    for spec in specs:
+        shape = spec.at_batch(batch)
+        if spec.dtype == "string" or any(isinstance(axis, str) for axis in shape):
+            return None
+        arrays[spec.name] = np.empty([int(axis) for axis in shape], dtype=spec.dtype)
+    return arrays
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(repr(name) for name in sorted(names))
+
+
+def _short(shape: Sequence[int]) -> str:
+    return str(list(shape)) if len(shape) <= 8 else f"[{', '.join(map(str, shape[:8]))}, ...]"
