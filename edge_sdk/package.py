@@ -68,12 +68,15 @@ class CalibrationRecord(Record):
 
 
 class Figures(Record):
-    """What one graph measured on the machine that built it. Latency is the median, in milliseconds, at batch 1."""
+    """What one graph measured on the machine that built it. Latency is the median, in milliseconds, at batch 1.
+
+    It is None where the package was built for another kind of device: this machine's speed says nothing there.
+    """
 
     precision: Precision
     bytes: int
     top1_percent: float | None = None
-    latency_ms: float
+    latency_ms: float | None = None
     per_second_at_batch: Mapping[int, float] = {}
 
 
@@ -225,11 +228,10 @@ class EnginePackage:
         return f"{m.name} {m.version} ({m.precision}, profile {m.profile})"
 
 
-def find_packages(folder: Path) -> list[EnginePackage]:
-    """Every readable package in `folder`: itself, its children, and `<name>/build/<profile>` as build-engine writes."""
+def package_folders(folder: Path) -> list[Path]:
+    """Every package directory in `folder`: itself, `<name>`, `<name>/<version>` and `<name>/build/<profile>`."""
     patterns = (MANIFEST, f"*/{MANIFEST}", f"*/*/{MANIFEST}", f"*/build/*/{MANIFEST}")
-    found = sorted({file.parent for pattern in patterns for file in folder.glob(pattern) if _visible(file, folder)})
-    return [EnginePackage.open(path) for path in found]
+    return sorted({file.parent for pattern in patterns for file in folder.glob(pattern) if _visible(file, folder)})
 
 
 def _visible(file: Path, folder: Path) -> bool:

@@ -36,6 +36,8 @@ class Match(Table):
 
     cpu_flags: tuple[str, ...] = ()
     """Flags of /proc/cpuinfo, all of them required."""
+    any_cpu_flags: tuple[str, ...] = ()
+    """Flags of /proc/cpuinfo, one of them required: names for one ability in several instruction sets."""
     device_tree: str | None = None
     """A regular expression, searched in the device tree's model (Raspberry Pi, Jetson)."""
     gpu_name: str | None = None
@@ -172,7 +174,8 @@ def detect(machine: Machine, profiles: list[DeviceProfile]) -> tuple[DeviceProfi
 
 def _specificity(match: Match) -> tuple[bool, int]:
     """A device tree or a GPU names the device outright, so it outweighs any number of CPU flags."""
-    return match.device_tree is not None or match.gpu_name is not None, len(match.cpu_flags)
+    named = match.device_tree is not None or match.gpu_name is not None
+    return named, len(match.cpu_flags) + 2 * bool(match.any_cpu_flags)
 
 
 def fitting_conditions(machine: Machine, profile: DeviceProfile) -> list[str] | None:
@@ -184,6 +187,11 @@ def fitting_conditions(machine: Machine, profile: DeviceProfile) -> list[str] | 
         if not set(profile.match.cpu_flags) <= machine.cpu_flags:
             return None
         reasons += [f"its CPU has {flag}" for flag in profile.match.cpu_flags]
+    if profile.match.any_cpu_flags:
+        found = [flag for flag in profile.match.any_cpu_flags if flag in machine.cpu_flags]
+        if not found:
+            return None
+        reasons.append(f"its CPU has {found[0]}")
     if profile.match.device_tree is not None:
         if not re.search(profile.match.device_tree, machine.device_tree):
             return None

@@ -174,7 +174,7 @@ class Transport(Protocol):
     """One MQTT connection at a time. See the module for the rules."""
 
     def open(self, options: ConnectOptions, *, timeout_s: float) -> None:
-        """Connect the socket and send CONNECT; Connected, Refused or Closed follows from `poll`, also within `timeout_s`.
+        """Connect the socket and send CONNECT; Connected, Refused or Closed follows from `poll` by the same time-out.
 
         Raises BrokerError if the address cannot be reached in time, naming it and saying what to check.
         """

@@ -1,0 +1,483 @@
+"""The daemon: the online journey, from a PUBLISH to its answer.
+
+    poll -> take -> submit -> (compute) -> finish -> perform -> poll
+
+One thread owns the connection and everything that is decided about it. It reads all that has arrived, hands requests to
+the service, computes what waits for quick models, and writes the answers; slower models compute on threads of their own
+and wake it. Nothing here decides: what may be acknowledged is the session's to say, what a message means the codec's,
+what is computed together the planner's.
+
+It stops like this: take nothing new (what the broker still has, it keeps for us), finish what was accepted within
+`drain_s`, say `offline`, disconnect, exit 0.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from edge_sdk.errors import EdgeSdkError, IdReused, ProfileError, RequestError, SettingsError, TooLarge
+from edge_sdk.mqtt import presence
+from edge_sdk.mqtt.address import connect_options
+from edge_sdk.mqtt.backoff import SESSION_TAKEN_OVER, Backoff
+from edge_sdk.mqtt.codec import Codec, packet_size
+from edge_sdk.mqtt.negotiation import Negotiation
+from edge_sdk.mqtt.session import Acknowledge, Publish, ReplyRoute, Session
+from edge_sdk.mqtt.topics import Topics
+from edge_sdk.mqtt.transports.base import (
+    Acknowledged,
+    Closed,
+    Connected,
+    ConnectOptions,
+    Event,
+    Message,
+    Properties,
+    Received,
+    Refused,
+    Subscribed,
+    Transport,
+    Will,
+)
+from edge_sdk.notify import Notifier, watchdog_interval_s
+from edge_sdk.profiles import DeviceProfile, Machine, detect, load_profile, load_profiles
+from edge_sdk.runtime.batching import QueueLimits
+from edge_sdk.runtime.messages import Answer
+from edge_sdk.runtime.served import ServedModel
+from edge_sdk.runtime.service import Service
+from edge_sdk.settings import Settings
+from edge_sdk.tasks.base import JSON
+from edge_sdk.tasks.oip import dump_json
+
+log = logging.getLogger(__name__)
+
+OPEN_TIMEOUT_S = 5.0
+WILL_DELAY_S = 10
+IDLE_POLL_S = 1.0
+HARD_STOP_S = 5.0
+"""Beyond `drain_s`: a stop that has not ended by then is ended."""
+MAX_UNSENT = 4096
+"""QoS 0 requests are dropped while so many answers wait for the broker: nobody else holds them back."""
+
+
+class Daemon:
+    """`run` serves until SIGTERM or SIGINT and gives back the exit code."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        transport: Transport,
+        *,
+        reread: Callable[[], Settings] | None = None,
+        notifier: Notifier | None = None,
+    ) -> None:
+        """`reread` gives the settings anew on SIGHUP, or raises SettingsError."""
+        self._settings = settings
+        self._transport = transport
+        self._reread = reread
+        self._notifier = notifier or Notifier()
+        self._topics = Topics(settings.root, settings.device)
+        self._codec = Codec(
+            self._topics,
+            boot_id=secrets.token_hex(8),
+            max_payload_bytes=settings.limits.max_payload_bytes,
+            timeout_s=settings.limits.request_timeout_s,
+            reply_prefixes=settings.reply_prefixes,
+        )
+        self._session = Session(packet_size=packet_size, too_large=self._codec.too_large)
+        self._negotiation = Negotiation(settings.broker.protocol)
+        self._backoff = Backoff()
+        machine = Machine.read()
+        self._profile = _preferred_profile(settings, machine)
+        self._service = Service(
+            settings.engines,
+            on_answer=self._note_answer,
+            on_change=self._note_change,
+            machine=machine,
+            profile=self._profile,
+            limits=QueueLimits(settings.limits.max_queue, settings.limits.max_queue_bytes),
+            inline_ms=settings.serving.inline_ms,
+        )
+        self._routes: dict[int, tuple[ReplyRoute, float]] = {}  # ticket -> where the answer goes, and by when
+        self._answers: deque[Answer] = deque()  # appended by any thread
+        self._owner = threading.get_ident()
+        self._stop_requested = False
+        self._reload_requested = False
+        self._changed = False
+        self._connected = False
+        self._announced: dict[str, bytes] = {}
+        self._connect_at = 0.0
+        self._stats_at = 0.0
+        self._alive_at = 0.0
+        self._ready = False
+        self._unroutable = 0
+        self._dropped = 0
+        self._started = time.monotonic()
+
+    def run(self) -> int:
+        """Start up, serve, shut down."""
+        self._owner = threading.get_ident()
+        with _Signals(self._on_stop_signal, self._on_reload_signal):
+            self._service.start()
+            while not self._stop_requested:
+                self._turn(taking=True)
+            return self._shut_down()
+
+    def stop(self) -> None:
+        """From any thread, or a signal handler: begin to stop."""
+        self._stop_requested = True
+        self._transport.wake()
+
+    def reload(self) -> None:
+        """From any thread, or a signal handler: look at the settings and the engines folder again."""
+        self._reload_requested = True
+        self._transport.wake()
+
+    # One turn: everything that has happened, and what follows from it
+
+    def _turn(self, *, taking: bool) -> None:
+        now = time.monotonic()
+        self._keep_connected(now)
+        for event in self._transport.poll(self._pause_s(now)):
+            self._handle(event, taking=taking)
+        self._service.run_quick()
+        self._finish_answers()
+        self._perform()
+        self._keep_house(time.monotonic())
+
+    def _handle(self, event: Event, *, taking: bool) -> None:
+        match event:
+            case Received():
+                if taking:
+                    self._take(event, time.monotonic())
+            case Acknowledged():
+                self._session.acknowledged(event)
+            case Connected():
+                self._on_connected(event)
+            case Subscribed():
+                self._on_subscribed(event)
+            case Refused():
+                self._on_refused(event)
+            case Closed():
+                self._on_closed(event)
+
+    def _take(self, event: Received, now: float) -> None:
+        """A message: a request for the service, or something to be acknowledged and forgotten."""
+        message = event.message
+        address = self._topics.parse_infer(message.topic)
+        route = None if address is None or message.retain else self._codec.route(message, address)
+        if address is None or route is None:
+            # A retained request is an old one; one we may not answer would make us write where its sender may not.
+            self._unroutable += 1
+            self._session.answered(self._session.received(event, None, now).ticket, None, now)
+            return
+        if event.packet_id is None and self._session.unsent >= MAX_UNSENT:
+            self._dropped += 1
+            return
+        intake = self._session.received(event, route, now)
+        if intake.fate in ("joined", "replayed"):
+            return
+        self._routes[intake.ticket] = (route, now + self._settings.limits.request_timeout_s)
+        try:
+            if intake.fate == "reused":
+                raise IdReused("This id was used before, with another payload.", fix="Give each request its own.")
+            request = self._codec.request(message, address, intake.ticket, now)
+        except RequestError as exc:
+            self._answers.append(Answer(intake.ticket, exc))
+            return
+        self._routes[intake.ticket] = (route, request.deadline)
+        self._service.submit(request)
+
+    def _finish_answers(self) -> None:
+        """Hand what was computed, here or on other threads, to the session."""
+        now = time.monotonic()
+        while self._answers:
+            answer = self._answers.popleft()
+            route, deadline = self._routes.pop(answer.ticket)
+            self._session.answered(answer.ticket, self._codec.message(answer, route, deadline - now), now)
+
+    def _perform(self) -> None:
+        for action in self._session.due():
+            match action:
+                case Publish():
+                    self._session.published(action, self._publish(action.message))
+                case Acknowledge():
+                    self._transport.acknowledge(action.received)
+
+    def _publish(self, message: Message) -> int:
+        try:
+            return self._transport.publish(message)
+        except TooLarge as exc:
+            log.error("%s was not published: %s", message.topic, exc)
+            return self._transport.publish(Message(message.topic, b"", retain=message.retain))
+
+    # The connection
+
+    def _keep_connected(self, now: float) -> None:
+        if self._connected or now < self._connect_at:
+            return
+        self._connect_at = math.inf  # until this attempt has ended, one way or another
+        try:
+            self._transport.open(self._connect_options(), timeout_s=self._negotiation.patience_s(OPEN_TIMEOUT_S))
+        except EdgeSdkError as exc:
+            self._try_again(self._backoff.pause_s(), f"waiting for the broker: {exc.problem}")
+
+    def _connect_options(self) -> ConnectOptions:
+        broker = self._settings.broker
+        password = self._settings.password()
+        offline = Message(self._topics.availability, b"offline", retain=True)
+        return connect_options(
+            broker.url,
+            client_id=f"edge-sdk-{self._settings.device}",
+            username=broker.username,
+            password=password.get_secret_value() if password is not None else None,
+            version=self._negotiation.version,
+            session_expiry_s=broker.session_expiry_s,
+            keepalive_s=broker.keepalive_s,
+            receive_maximum=broker.receive_maximum,
+            maximum_packet_size=self._settings.limits.max_packet_bytes,
+            tls_ca_file=str(broker.ca_file) if broker.ca_file is not None else None,
+            will=Will(offline, WILL_DELAY_S),
+        )
+
+    def _on_connected(self, event: Connected) -> None:
+        version = "5" if self._negotiation.version == 5 else "3.1.1"
+        log.info("Connected to %s, MQTT %s.", self._settings.broker.url, version)
+        self._connected = True
+        self._negotiation.connected()
+        self._backoff.connected()
+        self._session.connected(event.limits)
+        self._transport.subscribe(self._topics.subscriptions(), retained=False)
+        self._announced.clear()
+        self._changed = True
+
+    def _on_subscribed(self, event: Subscribed) -> None:
+        refused = [code for code in event.codes if code >= 0x80]
+        if refused:
+            log.error(
+                "The broker refused a subscription (reason %#04x): requests will not arrive. "
+                "Allow this device to read %s.", refused[0], ", ".join(self._topics.subscriptions()),
+            )  # fmt: skip
+
+    def _on_refused(self, event: Refused) -> None:
+        if self._negotiation.refused(event.code):
+            self._connect_at = 0.0
+            return
+        pause_s = self._backoff.pause_s(refused=True, code=event.code)
+        self._try_again(pause_s, f"the broker refused the connection: {event.reason}")
+
+    def _on_closed(self, event: Closed) -> None:
+        was_connected, self._connected = self._connected, False
+        self._session.closed()
+        if not was_connected and self._negotiation.hung_up():
+            self._connect_at = 0.0
+            return
+        reason = f"the connection was lost: {event.reason}"
+        if event.code == SESSION_TAKEN_OVER:
+            reason = f"another client uses the id edge-sdk-{self._settings.device}; give each daemon its own `device`"
+        self._try_again(self._backoff.pause_s(code=event.code), reason)
+
+    def _try_again(self, pause_s: float, why: str) -> None:
+        log.warning("%s; trying again in %.1f s.", why[0].upper() + why[1:], pause_s)
+        self._connect_at = time.monotonic() + pause_s
+        self._notifier.status(f"Not connected: {why}")
+
+    def _announce(self) -> None:
+        """Publish, retained, what has changed since this connection last heard it."""
+        models = self._service.by_name()
+        current = {
+            self._topics.availability: b"online",
+            self._topics.info: dump_json(self._info(models)),
+        }
+        for name, versions in models.items():
+            current[self._topics.model(name)] = dump_json(presence.metadata(versions))
+        gone = [topic for topic in self._announced if topic not in current]
+        for topic, payload in [*current.items(), *((topic, b"") for topic in gone)]:
+            if self._announced.get(topic) != payload:
+                is_json = topic != self._topics.availability
+                properties = Properties(content_type=JSON if is_json else None)
+                self._session.announce(Message(topic, payload, retain=True, properties=properties))
+        self._announced = current
+
+    def _info(self, models: dict[str, list[ServedModel]]) -> dict[str, Any]:
+        limits = {
+            "max_payload": self._settings.limits.max_payload_bytes,
+            "receive_maximum": self._settings.broker.receive_maximum,
+            "request_timeout_s": self._settings.limits.request_timeout_s,
+        }
+        return presence.info(boot_id=self._codec.boot_id, profile=self._profile, limits=limits, models=models)
+
+    # Housekeeping
+
+    def _keep_house(self, now: float) -> None:
+        if self._reload_requested:
+            self._reload_requested = False
+            self._reload()
+        if self._changed and self._connected:
+            self._changed = False
+            self._announce()
+            self._perform()
+        if not self._ready and self._service.settled:
+            self._ready = True
+            self._notifier.ready(self._status())
+        if now >= self._stats_at:
+            self._stats_at = now + self._settings.stats_interval_s
+            if self._connected:
+                stats = self._stats(now)
+                self._publish(
+                    Message(
+                        self._topics.stats,
+                        stats,
+                        qos=0,
+                        properties=Properties(content_type=JSON),
+                    )
+                )
+                self._notifier.status(self._status())
+        interval_s = watchdog_interval_s()
+        if interval_s is not None and now >= self._alive_at:
+            self._alive_at = now + interval_s / 2
+            self._notifier.alive()
+
+    def _stats(self, now: float) -> bytes:
+        mqtt = {**asdict(self._session.counts), "unroutable": self._unroutable, "dropped": self._dropped}
+        return dump_json(
+            {
+                "uptime_s": round(now - self._started, 1),
+                **self._service.snapshot(),
+                "mqtt": {**mqtt, "unsent": self._session.unsent},
+                "memory_bytes": _resident_bytes(),
+            }
+        )
+
+    def _status(self) -> str:
+        models = self._service.models()
+        ready = sum(model.state == "READY" for model in models)
+        return f"{ready} of {len(models)} models ready, {'connected' if self._connected else 'not connected'}"
+
+    def _pause_s(self, now: float) -> float:
+        """How long the next poll may wait for something to happen."""
+        if self._answers or self._stop_requested or (self._changed and self._connected):
+            return 0.0
+        moments = [now + IDLE_POLL_S, self._stats_at]
+        if not self._connected:
+            moments.append(self._connect_at)
+        if (quick_at := self._service.wake_at()) is not None:
+            moments.append(quick_at)
+        return max(0.0, min(moments) - now)
+
+    def _reload(self) -> None:
+        log.info("Reloading.")
+        if self._reread is not None:
+            try:
+                fresh = self._reread()
+            except SettingsError as exc:
+                log.error("The settings were not taken, the former ones stay: %s", exc)
+            else:
+                self._take_over(fresh)
+        self._service.reload()
+
+    def _take_over(self, fresh: Settings) -> None:
+        """Settings that can change in a running daemon do; the others are named."""
+        logging.getLogger("edge_sdk").setLevel(fresh.log_level.upper())
+        old, new = self._settings.model_dump(), fresh.model_dump()
+        fixed = [key for key in new if new[key] != old[key] and key not in ("log_level", "stats_interval_s")]
+        if fixed:
+            log.warning("These settings changed and need a restart: %s.", ", ".join(fixed))
+        self._settings = self._settings.model_copy(
+            update={"log_level": fresh.log_level, "stats_interval_s": fresh.stats_interval_s}
+        )
+
+    def _shut_down(self) -> int:
+        log.info("Stopping: %d requests to finish.", self._service.waiting())
+        self._notifier.stopping()
+        drain_s = self._settings.limits.drain_s
+        threading.Thread(
+            target=_end_after, args=(drain_s + HARD_STOP_S,), name="edge-sdk-hard-stop", daemon=True
+        ).start()
+        deadline = time.monotonic() + drain_s
+        while time.monotonic() < deadline and not self._finished():
+            self._turn(taking=False)
+        if self._connected:
+            self._session.announce(Message(self._topics.availability, b"offline", retain=True))
+            self._perform()
+        while time.monotonic() < deadline and self._connected and not self._session.idle:
+            self._turn(taking=False)
+        self._transport.close()
+        left = self._service.waiting()
+        self._service.stop(limit_s=1.0)
+        log.info("Stopped%s.", f"; {left} requests were handed back to the broker" if left else "")
+        return 0
+
+    def _finished(self) -> bool:
+        """Whether nothing accepted is left to do. Without a connection, answers have nowhere to go: the broker, which
+        has no acknowledgement, gives those requests to the next daemon."""
+        computing = self._service.waiting() or self._answers
+        return not computing and (self._session.idle or not self._connected)
+
+    # From other threads, and from signal handlers: only take note
+
+    def _note_answer(self, answer: Answer) -> None:
+        self._answers.append(answer)
+        if threading.get_ident() != self._owner:
+            self._transport.wake()
+
+    def _note_change(self) -> None:
+        self._changed = True
+        self._transport.wake()
+
+    def _on_stop_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self.stop()
+
+    def _on_reload_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self.reload()
+
+
+class _Signals:
+    """SIGTERM and SIGINT stop, SIGHUP reloads, and afterwards everything is as it was.
+
+    Only the main thread may set handlers; elsewhere (an embedded daemon) this does nothing.
+    """
+
+    def __init__(self, stop: Callable[[int, FrameType | None], None], reload: Callable[[int, FrameType | None], None]):
+        self._wanted = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGHUP: reload}
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, handler) for number, handler in self._wanted.items()}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+
+def _preferred_profile(settings: Settings, machine: Machine) -> DeviceProfile | None:
+    if settings.serving.profile is not None:
+        return load_profile(settings.serving.profile)
+    try:
+        return detect(machine, load_profiles())[0]
+    except ProfileError:
+        return None
+
+
+def _resident_bytes() -> int:
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def _end_after(seconds: float) -> None:
+    time.sleep(seconds)
+    log.error("The stop took longer than %.0f s and is cut short.", seconds)
+    os._exit(0)

@@ -1,0 +1,64 @@
+"""Which MQTT version to try next, when the setting says `auto`. Pure: shared by the daemon and the client library.
+
+MQTT 5 comes first. A broker that does not know it should refuse it (reason code 0x84, or 1 from before MQTT 5). Some hang
+up instead, and some wait for ever (amqtt takes the properties for the length of a client id). But a broker that is
+restarting, or a proxy in front of it, hangs up too, and 3.1.1 costs deadlines, limits and fail-fast: so once MQTT 5 has
+worked, only a refusal in so many words leads away from it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from edge_sdk.mqtt.transports.base import MqttVersion
+
+ProtocolSetting = Literal["auto", "5", "3.1.1"]
+
+UNSUPPORTED_VERSION = (0x84, 0x01)
+
+PATIENCE_S = 2.0
+"""How long a broker of unknown version may think about MQTT 5. Over a slower link, set the protocol."""
+
+
+class Negotiation:
+    """The version to use for the next connection, told how each attempt ended.
+
+        negotiation = Negotiation("auto")
+        transport.open(replace(options, version=negotiation.version), timeout_s=negotiation.patience_s(10))
+        ...
+        negotiation.connected() | negotiation.refused(code) | negotiation.hung_up()
+
+    `refused` and `hung_up` say whether the next version is worth trying at once, without a back-off.
+    """
+
+    def __init__(self, protocol: ProtocolSetting = "auto") -> None:
+        self._auto = protocol == "auto"
+        self._version: MqttVersion = 4 if protocol == "3.1.1" else 5
+        self._knows_5 = False
+
+    @property
+    def version(self) -> MqttVersion:
+        return self._version
+
+    def patience_s(self, timeout_s: float) -> float:
+        """How long to wait for CONNACK, of at most `timeout_s`."""
+        return min(timeout_s, PATIENCE_S) if self._auto and self._version == 5 and not self._knows_5 else timeout_s
+
+    def connected(self) -> None:
+        self._knows_5 = self._knows_5 or self._version == 5
+
+    def refused(self, code: int) -> bool:
+        if code not in UNSUPPORTED_VERSION:
+            return False
+        self._knows_5 = False
+        return self._switch()
+
+    def hung_up(self) -> bool:
+        """The connection ended, or stayed silent, before CONNACK."""
+        return not self._knows_5 and self._switch()
+
+    def _switch(self) -> bool:
+        if not self._auto:
+            return False
+        self._version = 4 if self._version == 5 else 5
+        return self._version == 4

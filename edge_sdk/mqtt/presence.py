@@ -1,0 +1,70 @@
+"""What a device says about itself, retained, for whoever subscribes: server and model metadata as JSON-ready values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from edge_sdk import __version__
+from edge_sdk.profiles import DeviceProfile
+from edge_sdk.runtime.served import ServedModel
+from edge_sdk.tensors import TensorSpec
+
+
+def info(
+    *,
+    boot_id: str,
+    profile: DeviceProfile | None,
+    limits: dict[str, Any],
+    models: dict[str, list[ServedModel]],
+) -> dict[str, Any]:
+    """The Open Inference Protocol's server metadata, and what a client has to know before it sends."""
+    return {
+        "name": "edge-sdk",
+        "version": __version__,
+        "extensions": ["binary_tensor_data", "classification"],
+        "boot_id": boot_id,
+        "profile": profile.name if profile is not None else None,
+        "limits": limits,
+        "models": {name: [model.version for model in versions] for name, versions in models.items()},
+    }
+
+
+def metadata(versions: Sequence[ServedModel]) -> dict[str, Any]:
+    """The Open Inference Protocol's model metadata, and how the model is.
+
+    `versions` is the newest first. The first that is ready speaks for the model: it is the one that a request without
+    a version is answered by.
+    """
+    speaker = next((model for model in versions if model.package is not None), versions[0])
+    described: dict[str, Any] = {
+        "name": speaker.model,
+        "versions": [model.version for model in versions],
+        "state": speaker.state,
+    }
+    if speaker.reason:
+        described["reason"] = _without_paths(speaker.reason)
+    if (package := speaker.package) is not None:
+        manifest = package.manifest
+        described |= {
+            "platform": f"edge-sdk_{manifest.backend.name}",
+            "inputs": [_tensor(spec) for spec in manifest.inputs],
+            "outputs": [_tensor(spec) for spec in manifest.outputs],
+            "task": manifest.task,
+            "precision": manifest.precision,
+            "backend": manifest.backend.name,
+            "profile": manifest.profile,
+            "sha256": speaker.digest,
+            "max_batch": manifest.batching.max_batch,
+            "content_types": list(speaker.content_types),
+        }
+    return described
+
+
+def _tensor(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": spec.oip_datatype, "shape": spec.oip_shape}
+
+
+def _without_paths(text: str) -> str:
+    """A reason as strangers may read it: the last part of a path says enough."""
+    return " ".join(word.rsplit("/", 1)[-1] if "/" in word else word for word in text.split(" "))

@@ -1,0 +1,317 @@
+"""What the daemon's MQTT session decides, without a socket or a clock: acknowledgements, windows, epochs, duplicates.
+
+Events go in, actions come out; the shell around it performs them in order.
+
+    intake = session.received(event, reply, now)        # is this to be computed?
+    session.answered(ticket, message, now)              # it was
+    for action in session.due():                        # Publish or Acknowledge
+        ...
+
+The promises, and where each is kept:
+
+* *A request is acknowledged only after the broker took its answer, and in the order of arrival* (MQTT 5, 4.6). So a
+  daemon killed at any earlier moment gets the request again. `_Ledger` holds the order, `acknowledged` releases.
+* *Nothing of an earlier connection is acknowledged on a later one.* A packet id means nothing across connections;
+  `closed` forgets the ledger, and the broker sends those requests again.
+* *Never more answers in flight than the broker's Receive Maximum*, nor than our own window, also right after a
+  reconnect: answers that were in flight go back to the head of the outbox and are sent again in order, through the same
+  window. Inference is pure and an answer is bytes, so sending it twice is harmless; losing it is not.
+* *The same request is computed once.* Two publications are the same if reply topic, correlation data and payload are. A
+  second one joins the first while it is computed, gets the same bytes again (`duplicate: 1`) after that, and is
+  refused if the payload is another. What is remembered is bounded in bytes and in time.
+* *An answer larger than the broker takes is replaced by a 413* before it is sent, not resent for ever.
+
+Not kept across a restart of the daemon: what was answered. A request whose answer was taken but whose acknowledgement
+was lost is computed again, and its client drops the second answer.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal, Union
+
+from edge_sdk.mqtt.transports.base import Acknowledged, BrokerLimits, Message, Received
+
+DEFAULT_WINDOW = 64
+"""Answers in flight. A broker's default Receive Maximum is 65,535; ours bounds what a lost connection sends again."""
+
+NO_MATCHING_SUBSCRIBERS = 0x10
+FAILURE = 0x80
+"""PUBACK reason codes from here on are refusals."""
+
+Fate = Literal["new", "joined", "replayed", "reused"]
+
+
+@dataclass(frozen=True)
+class ReplyRoute:
+    """Where an answer goes and how it is recognised there."""
+
+    topic: str
+    correlation_data: bytes | None = None
+    identifies: bool = True
+    """Whether topic and correlation data tell this request from any other; without that, nothing is deduplicated."""
+
+
+@dataclass(frozen=True)
+class Intake:
+    """What becomes of a message: `new` is to be computed, `reused` to be refused, the others need nothing more."""
+
+    ticket: int
+    fate: Fate
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Publish `message`, then tell `published` the handle."""
+
+    message: Message
+    tag: int
+
+
+@dataclass(frozen=True)
+class Acknowledge:
+    received: Received
+
+
+Action = Union[Publish, Acknowledge]
+
+
+@dataclass
+class SessionCounts:
+    """What happened, for the stats topic."""
+
+    received: int = 0
+    published: int = 0
+    acknowledged: int = 0
+    duplicates: int = 0
+    resent: int = 0
+    unheard: int = 0
+    """Answers that nobody was subscribed for."""
+    refused: int = 0
+    """Answers that the broker refused (not authorised, quota)."""
+    oversized: int = 0
+    connections: int = 0
+
+
+@dataclass
+class _Job:
+    """A request from its arrival to the acknowledgement of everything that asked for it."""
+
+    key: tuple[str, bytes] | None
+    fingerprint: int
+    entries: list[_LedgerEntry] = field(default_factory=list)
+
+
+@dataclass
+class _LedgerEntry:
+    """A message of this connection that has to be acknowledged in its turn."""
+
+    received: Received
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class _Remembered:
+    fingerprint: int
+    answer: Message
+    until: float
+
+
+@dataclass(frozen=True)
+class _Outgoing:
+    message: Message
+    ticket: int | None
+    """None: an announcement, which no request waits for."""
+
+
+class Session:
+    """One daemon's session with its broker. Not thread-safe: it lives on the thread that owns the transport."""
+
+    def __init__(
+        self,
+        *,
+        packet_size: Callable[[Message], int],
+        too_large: Callable[[Message, int], Message],
+        window: int = DEFAULT_WINDOW,
+        remembered_bytes: int = 16 * 1024 * 1024,
+        remembered_s: float = 60.0,
+    ) -> None:
+        """`packet_size` is the size of a message on the wire; `too_large` the answer in place of one over a limit."""
+        self.counts = SessionCounts()
+        self._packet_size = packet_size
+        self._too_large = too_large
+        self._own_window = window
+        self._remembered_bytes = remembered_bytes
+        self._remembered_s = remembered_s
+        self._connected = False
+        self._limits = BrokerLimits()
+        self._last_number = 0
+        self._ledger: deque[_LedgerEntry] = deque()
+        self._jobs: dict[int, _Job] = {}
+        self._computing: dict[tuple[str, bytes], int] = {}
+        self._remembered: OrderedDict[tuple[str, bytes], _Remembered] = OrderedDict()
+        self._held_bytes = 0
+        self._outbox: deque[_Outgoing] = deque()
+        self._in_flight: OrderedDict[int, _Outgoing] = OrderedDict()
+        self._unnumbered: dict[int, _Outgoing] = {}
+
+    # What happened
+
+    def connected(self, limits: BrokerLimits) -> None:
+        """A connection is up; what waits may go out, within its limits."""
+        self.counts.connections += 1
+        self._connected = True
+        self._limits = limits
+
+    def closed(self) -> None:
+        """The connection is gone: its acknowledgements are void, its unconfirmed answers go out again on the next."""
+        self._connected = False
+        self._ledger.clear()
+        unconfirmed = [*self._in_flight.values(), *self._unnumbered.values()]
+        self._in_flight.clear()
+        self._unnumbered.clear()
+        self.counts.resent += sum(outgoing.ticket is not None for outgoing in unconfirmed)
+        waiting = [*unconfirmed, *self._outbox]
+        # Announcements describe a moment; the shell announces afresh on every connection.
+        self._outbox = deque(outgoing for outgoing in waiting if outgoing.ticket is not None)
+        for job in self._jobs.values():
+            job.entries.clear()
+
+    def received(self, event: Received, route: ReplyRoute | None, now: float) -> Intake:
+        """Take a message into the books. `route` None: there is no way back; it is acknowledged when `answered`."""
+        self.counts.received += 1
+        entry = self._enter(event)
+        key = (route.topic, route.correlation_data or b"") if route is not None and route.identifies else None
+        fingerprint = zlib.crc32(event.message.payload, len(event.message.payload)) if key is not None else 0
+        if key is not None:
+            if (ticket := self._computing.get(key)) is not None:
+                if self._jobs[ticket].fingerprint == fingerprint:
+                    self.counts.duplicates += 1
+                    self._jobs[ticket].entries.append(entry)
+                    return Intake(ticket, "joined")
+                return Intake(self._new_job(None, 0, entry), "reused")
+            if (known := self._recall(key, now)) is not None:
+                self.counts.duplicates += 1
+                ticket = self._new_job(None, 0, entry)
+                if known.fingerprint != fingerprint:
+                    return Intake(ticket, "reused")
+                self._outbox.append(_Outgoing(_marked_duplicate(known.answer), ticket))
+                return Intake(ticket, "replayed")
+        return Intake(self._new_job(key, fingerprint, entry), "new")
+
+    def answered(self, ticket: int, answer: Message | None, now: float) -> None:
+        """The answer to a request. None: there is nobody to tell; the request is acknowledged in its turn."""
+        job = self._jobs[ticket]
+        if job.key is not None:
+            del self._computing[job.key]
+        if answer is None:
+            self._settle(ticket)
+            return
+        if job.key is not None:
+            self._remember(job.key, _Remembered(job.fingerprint, answer, now + self._remembered_s), now)
+        self._outbox.append(_Outgoing(answer, ticket))
+
+    def announce(self, message: Message) -> None:
+        """Publish something that answers no request: availability, metadata. Forgotten if the connection is lost."""
+        self._outbox.append(_Outgoing(message, None))
+
+    def published(self, action: Publish, handle: int) -> None:
+        """The shell published `action`; the broker will acknowledge `handle`."""
+        outgoing = self._unnumbered.pop(action.tag)
+        self.counts.published += 1
+        self._in_flight[handle] = outgoing
+
+    def acknowledged(self, event: Acknowledged) -> None:
+        """The broker took, or refused, a message of ours. Either way it is done with; a refusal is counted."""
+        outgoing = self._in_flight.pop(event.handle, None)
+        if outgoing is None:
+            return
+        if outgoing.ticket is not None:
+            self.counts.unheard += event.code == NO_MATCHING_SUBSCRIBERS
+            self.counts.refused += event.code >= FAILURE
+            self._settle(outgoing.ticket)
+
+    # What to do
+
+    def due(self) -> list[Action]:
+        """Everything that may be done now, in order. What it gives back counts as done."""
+        if not self._connected:
+            return []
+        actions: list[Action] = []
+        while self._outbox and len(self._in_flight) + len(self._unnumbered) < self._window:
+            outgoing = self._fitting(self._outbox.popleft())
+            self._last_number += 1
+            self._unnumbered[self._last_number] = outgoing
+            actions.append(Publish(outgoing.message, self._last_number))
+        while self._ledger and self._ledger[0].done:
+            self.counts.acknowledged += 1
+            actions.append(Acknowledge(self._ledger.popleft().received))
+        return actions
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything received has been answered, confirmed and acknowledged, and nothing waits to be sent."""
+        return not (self._jobs or self._outbox or self._in_flight or self._unnumbered or self._ledger)
+
+    @property
+    def unsent(self) -> int:
+        """How many answers wait for the connection or the window."""
+        return len(self._outbox)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Session connected={self._connected} open={len(self._jobs)} outbox={len(self._outbox)} "
+            f"in_flight={len(self._in_flight)} unacknowledged={len(self._ledger)}>"
+        )
+
+    @property
+    def _window(self) -> int:
+        return min(self._own_window, self._limits.receive_maximum)
+
+    def _enter(self, event: Received) -> _LedgerEntry:
+        entry = _LedgerEntry(event, done=event.packet_id is None)
+        if event.packet_id is not None and self._connected:
+            self._ledger.append(entry)
+        return entry
+
+    def _new_job(self, key: tuple[str, bytes] | None, fingerprint: int, entry: _LedgerEntry) -> int:
+        self._last_number += 1
+        self._jobs[self._last_number] = _Job(key, fingerprint, [entry])
+        if key is not None:
+            self._computing[key] = self._last_number
+        return self._last_number
+
+    def _settle(self, ticket: int) -> None:
+        """A request is done with: everything that asked for it may be acknowledged in its turn."""
+        for entry in self._jobs.pop(ticket).entries:
+            entry.done = True
+
+    def _fitting(self, outgoing: _Outgoing) -> _Outgoing:
+        limit = self._limits.maximum_packet_size
+        if limit is None or outgoing.ticket is None or self._packet_size(outgoing.message) <= limit:
+            return outgoing
+        self.counts.oversized += 1
+        return replace(outgoing, message=self._too_large(outgoing.message, limit))
+
+    def _remember(self, key: tuple[str, bytes], remembered: _Remembered, now: float) -> None:
+        if (former := self._remembered.pop(key, None)) is not None:
+            self._held_bytes -= len(former.answer.payload)
+        self._held_bytes += len(remembered.answer.payload)
+        self._remembered[key] = remembered
+        while self._remembered:
+            oldest = next(iter(self._remembered.values()))
+            if self._held_bytes <= self._remembered_bytes and oldest.until > now:
+                break
+            self._held_bytes -= len(self._remembered.popitem(last=False)[1].answer.payload)
+
+    def _recall(self, key: tuple[str, bytes], now: float) -> _Remembered | None:
+        known = self._remembered.get(key)
+        return known if known is not None and known.until > now else None
+
+
+def _marked_duplicate(answer: Message) -> Message:
+    properties = answer.properties
+    return replace(answer, properties=replace(properties, user=(*properties.user, ("duplicate", "1"))))

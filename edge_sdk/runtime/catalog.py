@@ -1,0 +1,92 @@
+"""Which packages a folder offers, and what has changed since the last look: pure but for reading manifests.
+
+`scan` lists the packages in the engines folder, one for each model and version: where several profiles of the same
+model lie side by side, the one that fits this machine, and among those the profile that was detected. `changes`
+compares two lists by digest, so a reload touches only what is new, different or gone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_sdk.errors import PackageError
+from edge_sdk.package import EnginePackage, package_folders
+from edge_sdk.profiles import DeviceProfile, Machine
+
+Key = tuple[str, str]
+"""Model and version."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A package that is to be served: or, where it cannot be opened, why not."""
+
+    model: str
+    version: str
+    digest: str
+    package: EnginePackage | None
+    problem: str = ""
+
+    @property
+    def key(self) -> Key:
+        return self.model, self.version
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a reload has to do."""
+
+    load: tuple[Entry, ...]
+    """New, or with another digest than what is served now."""
+    drop: tuple[Key, ...]
+
+
+def scan(folder: Path, machine: Machine, profile: DeviceProfile | None) -> dict[Key, Entry]:
+    """Every model and version in `folder`. A package that cannot be opened is an entry with a problem."""
+    found: dict[Key, list[Entry]] = {}
+    for path in package_folders(folder):
+        entry = _read(path)
+        found.setdefault(entry.key, []).append(entry)
+    return {key: max(entries, key=lambda entry: _preference(entry, machine, profile)) for key, entries in found.items()}
+
+
+def changes(served: Mapping[Key, str], wanted: Mapping[Key, Entry]) -> Changes:
+    """From what is served (key -> digest) to what is wanted."""
+    return Changes(
+        load=tuple(entry for key, entry in wanted.items() if served.get(key) != entry.digest),
+        drop=tuple(key for key in served if key not in wanted),
+    )
+
+
+def newest_first(versions: Iterable[str]) -> list[str]:
+    """Versions in the order in which a request without one prefers them: `10` before `9`, `2.0` before `1.12`."""
+    return sorted(versions, key=_natural, reverse=True)
+
+
+def _natural(version: str) -> list[tuple[int, int | str]]:
+    parts = re.findall(r"\d+|\D+", version)
+    return [(1, int(part)) if part.isdigit() else (0, part) for part in parts]
+
+
+def _read(path: Path) -> Entry:
+    try:
+        package = EnginePackage.open(path)
+        return Entry(package.name, package.version, package.digest, package)
+    except PackageError as exc:
+        # engines/<name>/build/<profile>, or a package folder called like its model
+        name = path.parent.parent.name if path.parent.name == "build" else path.name
+        return Entry(re.sub(r"[^A-Za-z0-9._-]", "-", name)[:64], "0", "", None, str(exc))
+
+
+def _preference(entry: Entry, machine: Machine, profile: DeviceProfile | None) -> tuple[bool, bool, bool, str]:
+    if entry.package is None:
+        return False, False, False, ""
+    return (
+        True,
+        not entry.package.mismatches(machine),
+        profile is not None and entry.package.manifest.profile == profile.name,
+        entry.package.manifest.created,
+    )

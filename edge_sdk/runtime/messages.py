@@ -1,0 +1,52 @@
+"""What the runtime is asked and what it answers, whatever carried it here.
+
+Times are seconds of a monotonic clock, so that a step of the wall clock ends no request early or late.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Union
+
+from edge_sdk.errors import RequestError
+from edge_sdk.tasks.base import Body, Payload
+
+
+@dataclass(frozen=True)
+class Request:
+    """One inference to do. `ticket` is the caller's: it comes back with the answer and means nothing here."""
+
+    ticket: int
+    model: str
+    payload: Payload
+    received: float
+    deadline: float
+    version: str | None = None
+    """None: the newest that is ready."""
+
+    def __repr__(self) -> str:
+        return f"<Request {self.ticket} for {self.model}, {len(self.payload.data)} bytes>"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Where the time of a request went, in milliseconds."""
+
+    queue_ms: float
+    infer_ms: float
+    batch: int = 1
+    """How many requests were computed together."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The one terminal answer to a request: a body, or what was wrong."""
+
+    ticket: int
+    result: Union[Body, RequestError]
+    model_version: str | None = None
+    timing: Timing | None = None
+
+    @property
+    def status(self) -> int:
+        return self.result.status if isinstance(self.result, RequestError) else 200

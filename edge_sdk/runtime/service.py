@@ -1,0 +1,218 @@
+"""Models in service: requests in, answers out, packages loaded, swapped and retired while both go on.
+
+    service = Service(engines, on_answer=..., on_change=...)
+    service.start()                    # loads in the background; `models` tells how far it is
+    service.submit(request)            # exactly one answer comes through `on_answer`, whatever happens
+    service.run_quick()                # compute what waits for quick models, on this thread
+    service.reload()                   # look at the folder again; no request is lost
+    service.stop(limit_s)              # finish what was accepted
+
+Where a model computes is decided by how long it takes. A *quick* one (its warm-up batch took at most `inline_ms`) runs
+on the thread that submits, when that thread says so: handing a request to another thread and its answer back costs more
+than a small model does, and requests that arrive meanwhile wait in the socket, where they form the next batch. Any
+other model has a thread of its own, so that it never holds up the network or another model.
+
+A package that fails to load is UNAVAILABLE with its reason and harms nobody; if an older package of the same model is
+being served, it stays in service.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edge_sdk.backends.registry import load_engine
+from edge_sdk.errors import EdgeSdkError, ModelNotFound, PackageError, RequestError, VersionNotFound
+from edge_sdk.profiles import DeviceProfile, Machine
+from edge_sdk.runtime.batching import QueueLimits
+from edge_sdk.runtime.catalog import Entry, Key, changes, newest_first, scan
+from edge_sdk.runtime.messages import Answer, Request
+from edge_sdk.runtime.served import ServedModel
+from edge_sdk.runtime.statistics import Statistics
+from edge_sdk.runtime.worker import Worker
+from edge_sdk.tasks.registry import task_of
+
+log = logging.getLogger(__name__)
+
+
+class Service:
+    """The models of one engines folder. See the module for what it promises."""
+
+    def __init__(
+        self,
+        engines: Path,
+        *,
+        on_answer: Callable[[Answer], None],
+        on_change: Callable[[], None],
+        machine: Machine | None = None,
+        profile: DeviceProfile | None = None,
+        limits: QueueLimits = QueueLimits(),
+        inline_ms: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`on_answer` and `on_change` are called from any thread and must only take note."""
+        self.statistics = Statistics()
+        self._engines = engines
+        self._on_answer = on_answer
+        self._on_change = on_change
+        self._machine = machine or Machine.read()
+        self._profile = profile
+        self._limits = limits
+        self._inline_s = inline_ms / 1000
+        self._clock = clock
+        self._models: dict[Key, ServedModel] = {}  # replaced as a whole, never changed: readers need no lock
+        self._followed = False  # whether the folder has been read and loaded once
+        self._orders: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: look at the folder; False: end
+        self._loader = threading.Thread(target=self._follow_orders, name="edge-sdk-loader", daemon=True)
+
+    def start(self) -> None:
+        """Begin to load what is in the folder."""
+        self._loader.start()
+        self.reload()
+
+    def reload(self) -> None:
+        """Look at the folder again, in the background: load what is new or changed, retire what is gone."""
+        self._orders.put(True)
+
+    def submit(self, request: Request) -> None:
+        """Take a request. Its answer comes through `on_answer`, perhaps before this returns."""
+        try:
+            self._find(request).submit(request)
+        except RequestError as exc:
+            self._finish(Answer(request.ticket, exc))
+
+    def run_quick(self) -> bool:
+        """Compute a batch of each quick model that has one due, on this thread; whether any had."""
+        worked = False
+        for model in self._models.values():
+            if model.quick and model.waiting:
+                worked |= model.run_once()
+        return worked
+
+    def wake_at(self) -> float | None:
+        """When `run_quick` will next have something to do; None: not before something is submitted."""
+        moments = (model.wake_at() for model in self._models.values() if model.quick and model.waiting)
+        return min((moment for moment in moments if moment is not None), default=None)
+
+    def models(self) -> list[ServedModel]:
+        """Every model and version, by name, the newest version first."""
+        served = self._models
+        return [
+            served[name, version]
+            for name in sorted({name for name, _ in served})
+            for version in newest_first(version for other, version in served if other == name)
+        ]
+
+    def by_name(self) -> dict[str, list[ServedModel]]:
+        """The versions of each model, the newest first."""
+        named: dict[str, list[ServedModel]] = {}
+        for model in self.models():
+            named.setdefault(model.model, []).append(model)
+        return named
+
+    @property
+    def settled(self) -> bool:
+        """Whether a model is ready, or none will be: the folder was read and nothing is loading any more."""
+        models = self._models.values()
+        return any(model.state == "READY" for model in models) or (
+            self._followed and not any(model.state == "LOADING" for model in models)
+        )
+
+    def waiting(self) -> int:
+        """How many requests wait or are being computed."""
+        return sum(model.waiting for model in self._models.values())
+
+    def snapshot(self) -> dict[str, Any]:
+        """Counts and timings, of everything and of each model; JSON-ready."""
+        models = {
+            f"{model.model}/{model.version}": {**model.statistics.snapshot(), "waiting": model.waiting}
+            for model in self.models()
+        }
+        return {**self.statistics.snapshot(), "waiting": self.waiting(), "models": models}
+
+    def stop(self, limit_s: float) -> bool:
+        """Finish what was accepted, for at most `limit_s`, and close every model; whether all of it was finished."""
+        deadline = self._clock() + limit_s
+        while self.waiting() and self._clock() < deadline:
+            if not self.run_quick():
+                time.sleep(0.002)
+        finished = not self.waiting()
+        self._orders.put(False)
+        for model in self._models.values():
+            model.retire()
+        for model in self._models.values():
+            model.join(max(0.0, deadline - self._clock()))
+        return finished
+
+    def _find(self, request: Request) -> ServedModel:
+        """The model a request is for: the version it names, or the newest that is ready."""
+        if request.version is not None and (named := self._models.get((request.model, request.version))) is not None:
+            return named
+        versions = newest_first(version for model, version in self._models if model == request.model)
+        if not versions:
+            raise ModelNotFound(f"This device has no model {request.model[:64]!r}.")
+        if request.version is not None:
+            raise VersionNotFound(
+                f"The model {request.model!r} has no version {request.version[:64]!r}; it has {', '.join(versions)}."
+            )
+        candidates = [self._models[request.model, version] for version in versions]
+        return next((model for model in candidates if model.package is not None), candidates[0])
+
+    def _finish(self, answer: Answer) -> None:
+        self.statistics.count(answer)
+        self._on_answer(answer)
+
+    def _follow_orders(self) -> None:
+        while self._orders.get():
+            try:
+                self._follow_folder()
+            except Exception:
+                log.exception("A defect of edge-sdk: the engines folder could not be followed.")
+
+    def _follow_folder(self) -> None:
+        """Make what is served what the folder holds."""
+        wanted = scan(self._engines, self._machine, self._profile)
+        todo = changes({key: model.digest for key, model in self._models.items() if model.state == "READY"}, wanted)
+        gone = [model for key, model in self._models.items() if key not in wanted]
+        self._models = {key: self._models.get(key) or self._new_model(key) for key in wanted}
+        for model in gone:
+            log.info("%s %s is gone from the folder; it is retired.", model.model, model.version)
+            model.retire()
+        self._on_change()
+        for entry in todo.load:
+            self._load(entry, self._models[entry.key])
+            self._on_change()
+        self._followed = True
+        self._on_change()
+
+    def _new_model(self, key: Key) -> ServedModel:
+        return ServedModel(*key, limits=self._limits, on_answer=self._finish, clock=self._clock)
+
+    def _load(self, entry: Entry, model: ServedModel) -> None:
+        """Bring one package into service, or note why it is not."""
+        started = self._clock()
+        try:
+            worker = self._worker(entry)
+            warm_s = worker.warm_up()
+        except EdgeSdkError as exc:
+            log.error("%s %s did not load: %s", entry.model, entry.version, exc)
+            model.fail(str(exc))
+        except Exception as exc:
+            log.exception("A defect of edge-sdk: %s %s did not load.", entry.model, entry.version)
+            model.fail(f"loading it met a defect of edge-sdk ({type(exc).__name__}); the log has the details")
+        else:
+            model.put_in_service(worker, quick=warm_s <= self._inline_s)
+            model.digest = entry.digest
+            took_ms = (self._clock() - started) * 1000
+            log.info("%s is ready after %.0f ms; a batch takes %.2f ms.", entry.package, took_ms, warm_s * 1000)
+
+    def _worker(self, entry: Entry) -> Worker:
+        if entry.package is None:
+            raise PackageError(entry.problem)
+        engine = load_engine(entry.package, self._machine)
+        return Worker(entry.package, engine, task_of(entry.package), clock=self._clock)

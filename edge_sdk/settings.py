@@ -1,0 +1,171 @@
+"""The daemon's settings: `edge-sdk.toml`, overridden by EDGE_SDK_* variables, overridden by the command line.
+
+Every default is here, with its reason. Every key has an environment variable: `[broker] url` is EDGE_SDK_BROKER__URL,
+`device` is EDGE_SDK_DEVICE. A key nobody knows is refused. Secrets are never in the file: a password comes from a file
+of its own, or from systemd's credentials.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, SecretStr, field_validator
+
+from edge_sdk.errors import SettingsError
+from edge_sdk.mqtt.address import connect_options
+from edge_sdk.mqtt.negotiation import ProtocolSetting
+from edge_sdk.toml import Table, parse, read_toml
+
+PREFIX = "EDGE_SDK_"
+DEVICE = r"^(?!(?:group|reply)$)[A-Za-z0-9_-]{1,64}$"
+ROOT = r"^[A-Za-z0-9._-]{1,64}(/[A-Za-z0-9._-]{1,64})?$"
+CREDENTIAL = "broker-password"
+"""The name of systemd's credential, as in `LoadCredential=broker-password:/etc/edge-sdk/broker-password`."""
+
+
+class Broker(Table):
+    """Where the broker is and how to speak with it."""
+
+    url: str = "mqtt://localhost:1883"
+    """`mqtt://` or `mqtts://`, host and port; a user name may be in it, a password may not."""
+    protocol: ProtocolSetting = "auto"
+    """`auto` speaks MQTT 5 and falls back to 3.1.1 where the broker knows nothing newer."""
+    username: str | None = None
+    password_file: Path | None = None
+    """Its first line is the password. Under systemd the credential `broker-password` needs no setting."""
+    ca_file: Path | None = None
+    """Certificate authorities for mqtts; the system's where this is missing."""
+    keepalive_s: int = Field(default=30, ge=1, le=65535)
+    """A half-open connection is noticed within twice this."""
+    session_expiry_s: int = Field(default=3600, ge=0)
+    """How long the broker keeps requests for a daemon that is away."""
+    receive_maximum: int = Field(default=64, ge=1, le=65535)
+    """Unacknowledged requests the broker may send: with payloads at their limit, 64 of them are 120 MB."""
+
+    @field_validator("url")
+    @classmethod
+    def _well_formed(cls, url: str) -> str:
+        try:
+            options = connect_options(url, client_id="")
+        except SettingsError as exc:
+            raise ValueError(f"{exc.problem} {exc.fix}".rstrip(".")) from exc
+        if options.password is not None:
+            raise ValueError("a password in a URL ends up in logs; use password_file")
+        return url
+
+
+class Limits(Table):
+    """What the daemon takes before it says no."""
+
+    max_payload_bytes: int = Field(default=1_900_000, ge=1)
+    """mosquitto 2.1 delivers packets of at most 2,000,000 bytes by default."""
+    max_packet_bytes: int = Field(default=16_777_216, ge=1024)
+    """Larger packets the broker is asked not to deliver at all; between the two, a request gets a 413."""
+    max_queue: int = Field(default=256, ge=1)
+    """Requests that may wait for one model; beyond it, 429."""
+    max_queue_bytes: int = Field(default=67_108_864, ge=1)
+    request_timeout_s: float = Field(default=30.0, gt=0)
+    """The deadline of a request that brings none."""
+    drain_s: float = Field(default=10.0, ge=0, le=60)
+    """How long a stop may take to finish what was accepted."""
+
+
+class Serving(Table):
+    inline_ms: float = Field(default=10.0, ge=0)
+    """Models whose best batch computes within this run on the network thread; slower ones get a thread of their own."""
+    profile: str | None = None
+    """The device profile preferred where a model was built for several; None: the one detected."""
+
+
+class Settings(Table):
+    """Everything `edge-sdk serve` can be told."""
+
+    device: str = Field(default_factory=lambda: default_device(), pattern=DEVICE)
+    """This device's name in topics. The default is made from /etc/machine-id, so that no two devices share one."""
+    root: str = Field(default="edge/v1", pattern=ROOT)
+    engines: Path = Path("engines")
+    reply_prefixes: tuple[str, ...] = ()
+    """Further topic prefixes a Response Topic may begin with, beside `<root>/reply/`."""
+    stats_interval_s: float = Field(default=10.0, gt=0)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    broker: Broker = Broker()
+    limits: Limits = Limits()
+    serving: Serving = Serving()
+
+    def password(self) -> SecretStr | None:
+        """The broker password: from `password_file`, else from systemd's credential; None if there is neither."""
+        file = self.broker.password_file
+        folder = os.environ.get("CREDENTIALS_DIRECTORY")
+        if file is None and folder and (credential := Path(folder) / CREDENTIAL).is_file():
+            file = credential
+        if file is None:
+            return None
+        try:
+            return SecretStr(file.read_text(encoding="utf-8").split("\n", 1)[0].rstrip("\r"))
+        except (OSError, UnicodeDecodeError) as exc:
+            raise SettingsError(f"The broker's password file {file} cannot be read: {exc}.") from exc
+
+
+def load_settings(
+    file: Path | None, overrides: Mapping[str, Any] | None = None, environment: Mapping[str, str] = os.environ
+) -> Settings:
+    """Settings from `file` (None: none), then `environment`, then `overrides` (nested like the file; None is unset).
+
+    Raises SettingsError naming the key, what it is and what it may be.
+    """
+    data = read_toml(file, SettingsError) if file is not None else {}
+    if file is not None and "engines" in data:
+        data["engines"] = str(file.parent / str(data["engines"]))
+    _merge(data, _from_environment(environment))
+    _merge(data, overrides or {})
+    return parse(data, Settings, str(file or "The settings"), SettingsError)
+
+
+def default_device() -> str:
+    """A name that stays with this machine and differs from every other's. The machine id itself stays private."""
+    try:
+        machine_id = Path("/etc/machine-id").read_text(encoding="ascii").strip()
+    except OSError:
+        machine_id = ""
+    host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:40] or "edge"
+    digest = hashlib.sha256(f"edge-sdk {machine_id or host}".encode()).hexdigest()
+    return f"{host}-{digest[:8]}"
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """EDGE_SDK_BROKER__URL=x -> {"broker": {"url": "x"}}; lists are comma-separated."""
+    tables = _tables(Settings)
+    found: dict[str, Any] = {}
+    for variable, value in environment.items():
+        if not variable.startswith(PREFIX):
+            continue
+        table, _, key = variable.removeprefix(PREFIX).lower().partition("__")
+        if not key and table in Settings.model_fields and table not in tables:
+            is_list = "tuple" in str(Settings.model_fields[table].annotation)
+            found[table] = [part for part in value.split(",") if part] if is_list else value
+        elif key and table in tables and key in tables[table].model_fields:
+            found.setdefault(table, {})[key] = value
+    return found
+
+
+def _tables(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    return {
+        name: field.annotation
+        for name, field in model.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    }
+
+
+def _merge(data: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Lay `changes` over `data`, table by table; None changes nothing."""
+    for key, value in changes.items():
+        if isinstance(value, Mapping):
+            _merge(data.setdefault(key, {}), value)
+        elif value is not None:
+            data[key] = value
