@@ -42,7 +42,7 @@ class LoadedEngine:
         Shapes and dtypes are those of `inputs`; an axis with a name may have any size. Raises InvalidTensor if an array
         does not fit, EngineFailed if the runtime fails, OutOfMemory if it ran out of memory.
         """
-        arrays = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        arrays = {name: np.asarray(array, order="C") for name, array in feeds.items()}
         check_feeds(arrays, self.inputs)
         return self._engine.infer(arrays)
 

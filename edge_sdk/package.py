@@ -102,6 +102,8 @@ class BatchingRecord(Record):
 class BackendRecord(Record):
     name: str
     engine_file: str | None = None
+    threads: int | None = None
+    """With how many threads it was fastest when it was built; None: as the profile says."""
     missing: str | None = None
     """Why there is no engine file although this backend has them: it was not to be had where the package was built."""
 

@@ -15,16 +15,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, SecretStr, field_validator
+from pydantic import BaseModel, Field, SecretStr, field_validator, model_validator
 
 from edge_sdk.errors import SettingsError
 from edge_sdk.mqtt.address import connect_options
 from edge_sdk.mqtt.negotiation import ProtocolSetting
+from edge_sdk.mqtt.topics import DEFAULT_ROOT, Topics
 from edge_sdk.toml import Table, parse, read_toml
 
 PREFIX = "EDGE_SDK_"
-DEVICE = r"^(?!(?:group|reply)$)[A-Za-z0-9_-]{1,64}$"
-ROOT = r"^[A-Za-z0-9._-]{1,64}(/[A-Za-z0-9._-]{1,64})?$"
 CREDENTIAL = "broker-password"
 """The name of systemd's credential, as in `LoadCredential=broker-password:/etc/edge-sdk/broker-password`."""
 
@@ -86,9 +85,9 @@ class Serving(Table):
 class Settings(Table):
     """Everything `edge-sdk serve` can be told."""
 
-    device: str = Field(default_factory=lambda: default_device(), pattern=DEVICE)
+    device: str = Field(default_factory=lambda: default_device())
     """This device's name in topics. The default is made from /etc/machine-id, so that no two devices share one."""
-    root: str = Field(default="edge/v1", pattern=ROOT)
+    root: str = DEFAULT_ROOT
     engines: Path = Path("engines")
     reply_prefixes: tuple[str, ...] = ()
     """Further topic prefixes a Response Topic may begin with, beside `<root>/reply/`."""
@@ -97,6 +96,14 @@ class Settings(Table):
     broker: Broker = Broker()
     limits: Limits = Limits()
     serving: Serving = Serving()
+
+    @model_validator(mode="after")
+    def _nameable(self) -> Settings:
+        try:
+            Topics(self.root, self.device)
+        except SettingsError as exc:
+            raise ValueError(exc.problem) from exc
+        return self
 
     def password(self) -> SecretStr | None:
         """The broker password: from `password_file`, else from systemd's credential; None if there is neither."""

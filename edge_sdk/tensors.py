@@ -76,7 +76,14 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
 
 def dtype_name(array: Array) -> str:
     """Our name for an array's dtype: the inverse of `numpy_dtype`."""
-    return "string" if array.dtype.kind in "OSU" else array.dtype.name
+    dtype = array.dtype
+    if (known := _NAME_OF_DTYPE.get(dtype)) is None:
+        known = _NAME_OF_DTYPE[dtype] = "string" if dtype.kind in "OSU" else dtype.name
+    return known
+
+
+_NAME_OF_DTYPE: dict[np.dtype[Any], str] = {}
+"""numpy works a dtype's name out anew each time, which takes longer than the rest of a check."""
 
 
 def element_count(shape: Sequence[int]) -> int:

@@ -36,10 +36,10 @@ class OnnxRuntimeBackend:
         return None
 
     def load(self, package: EnginePackage, profile: DeviceProfile) -> OnnxRuntimeEngine:
-        return self.load_graph(package.read(GRAPH), profile)
+        return self.load_graph(package.read(GRAPH), profile, threads=package.manifest.backend.threads)
 
-    def load_graph(self, graph: bytes, profile: DeviceProfile) -> OnnxRuntimeEngine:
-        return OnnxRuntimeEngine(_session(graph, profile))
+    def load_graph(self, graph: bytes, profile: DeviceProfile, *, threads: int | None = None) -> OnnxRuntimeEngine:
+        return OnnxRuntimeEngine(_session(graph, profile, threads))
 
 
 class OnnxRuntimeEngine:
@@ -92,13 +92,13 @@ class OnnxRuntimeEngine:
         return binding
 
 
-def _session(graph: bytes, profile: DeviceProfile) -> Any:
+def _session(graph: bytes, profile: DeviceProfile, threads: int | None) -> Any:
     try:
         import onnxruntime
     except ImportError as exc:
         raise BackendUnavailable(f"onnxruntime cannot be imported: {exc}.", fix=_INSTALL) from exc
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = profile.onnxruntime.intra_op_threads or physical_cores()
+    options.intra_op_num_threads = threads or profile.onnxruntime.intra_op_threads or physical_cores()
     options.inter_op_num_threads = 1
     options.graph_optimization_level = {
         "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,

@@ -1,7 +1,7 @@
 """Which MQTT version to try next, when the setting says `auto`. Pure: shared by the daemon and the client library.
 
-MQTT 5 comes first. A broker that does not know it should refuse it (reason code 0x84, or 1 from before MQTT 5). Some hang
-up instead, and some wait for ever (amqtt takes the properties for the length of a client id). But a broker that is
+MQTT 5 comes first. A broker that does not know it should refuse it (reason code 0x84, or 1 from before MQTT 5). Some
+hang up instead, and some wait for ever (amqtt takes the properties for the length of a client id). But a broker that is
 restarting, or a proxy in front of it, hangs up too, and 3.1.1 costs deadlines, limits and fail-fast: so once MQTT 5 has
 worked, only a refusal in so many words leads away from it.
 """

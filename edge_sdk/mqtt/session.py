@@ -39,6 +39,7 @@ DEFAULT_WINDOW = 64
 """Answers in flight. A broker's default Receive Maximum is 65,535; ours bounds what a lost connection sends again."""
 
 NO_MATCHING_SUBSCRIBERS = 0x10
+_COST_OF_OBJECTS = 2048
 FAILURE = 0x80
 """PUBACK reason codes from here on are refusals."""
 
@@ -119,6 +120,11 @@ class _Remembered:
     answer: Message
     until: float
 
+    @property
+    def cost(self) -> int:
+        """Bytes of memory, about: a small answer is mostly the objects around it."""
+        return len(self.answer.payload) + _COST_OF_OBJECTS
+
 
 @dataclass(frozen=True)
 class _Outgoing:
@@ -136,7 +142,7 @@ class Session:
         packet_size: Callable[[Message], int],
         too_large: Callable[[Message, int], Message],
         window: int = DEFAULT_WINDOW,
-        remembered_bytes: int = 16 * 1024 * 1024,
+        remembered_bytes: int = 8 * 1024 * 1024,
         remembered_s: float = 60.0,
     ) -> None:
         """`packet_size` is the size of a message on the wire; `too_large` the answer in place of one over a limit."""
@@ -298,14 +304,14 @@ class Session:
 
     def _remember(self, key: tuple[str, bytes], remembered: _Remembered, now: float) -> None:
         if (former := self._remembered.pop(key, None)) is not None:
-            self._held_bytes -= len(former.answer.payload)
-        self._held_bytes += len(remembered.answer.payload)
+            self._held_bytes -= former.cost
+        self._held_bytes += remembered.cost
         self._remembered[key] = remembered
         while self._remembered:
             oldest = next(iter(self._remembered.values()))
             if self._held_bytes <= self._remembered_bytes and oldest.until > now:
                 break
-            self._held_bytes -= len(self._remembered.popitem(last=False)[1].answer.payload)
+            self._held_bytes -= self._remembered.popitem(last=False)[1].cost
 
     def _recall(self, key: tuple[str, bytes], now: float) -> _Remembered | None:
         known = self._remembered.get(key)

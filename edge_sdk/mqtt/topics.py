@@ -19,7 +19,7 @@ from edge_sdk.errors import SettingsError
 
 DEFAULT_ROOT = "edge/v1"
 MAX_SLASHES = 7
-"""AWS IoT's limit. The longest topic, `{root}/{dev}/models/{model}/infer/{client}/{n}`, leaves the root one of its own."""
+"""AWS IoT's limit. The longest topic, `{root}/{dev}/models/{model}/infer/{client}/{n}`, leaves the root one of them."""
 MAX_RESPONSE_TOPIC_BYTES = 256
 """AWS IoT's limit again; a longer Response Topic is somebody playing."""
 
@@ -159,8 +159,8 @@ class Topics:
     def may_reply_to(self, topic: str, prefixes: Sequence[str] = ()) -> bool:
         """Whether a request may name `topic` as its Response Topic.
 
-        Only what is under `{root}/reply/`, or under one of `prefixes` (each ending in a slash): otherwise a client could
-        make the device write where the client itself must not.
+        Only what is under `{root}/reply/`, or under one of `prefixes` (each ending in a slash): otherwise a client
+        could make the device write where the client itself must not.
         """
         allowed = (f"{self.root}/reply/", *prefixes)
         if topic.startswith("$") or not any(topic.startswith(p) and len(topic) > len(p) for p in allowed):

@@ -7,7 +7,8 @@ left out of a .npy array.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from edge_sdk.tasks.base import BINARY, JPEG, JSON, NPY, PNG, TEXT, Body, Decode
 from edge_sdk.tasks.npy import MAGIC as NPY_MAGIC
 from edge_sdk.tasks.npy import decode_npy, encode_npy
 from edge_sdk.tasks.oip import OipRequest, OutputChoice, decode_request, encode_response
-from edge_sdk.tensors import Array, Feeds, Outputs, TensorSpec, check_feeds, is_batchable
+from edge_sdk.tensors import Array, Feeds, Outputs, TensorSpec, check_feeds, is_batchable, numpy_dtype
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class TensorTask:
         self.outputs = outputs
         self.labels = labels
         self.batchable = is_batchable(inputs, outputs)
+        self._raw_shape = _fixed_shape(inputs[0])
+        self._raw_dtype = numpy_dtype(inputs[0].dtype).newbyteorder("<")
+        self._raw_bytes = math.prod(self._raw_shape or ()) * self._raw_dtype.itemsize
 
     def decode(self, payload: Payload) -> Decoded:
         content_type = payload.content_type or sniff(payload.data)
@@ -65,8 +69,7 @@ class TensorTask:
             )
         self._check_choices(request.outputs)
         check_feeds(request.feeds, self.inputs)
-        reply = TensorReply(payload.accept, replace(request, feeds={}))
-        return Decoded(request.feeds, self._rows(request.feeds), reply)
+        return Decoded(request.feeds, self._rows(request.feeds), TensorReply(payload.accept, request))
 
     def encode(self, outputs: Outputs, decoded: Decoded) -> Body:
         reply = decoded.reply
@@ -90,20 +93,17 @@ class TensorTask:
 
     def _raw_feeds(self, data: bytes) -> Feeds:
         spec = self._only_input("raw bytes")
-        shape = spec.at_batch(1)
-        if spec.dtype == "string" or any(isinstance(axis, str) for axis in shape):
+        if self._raw_shape is None:
             raise InvalidTensor(
                 f"The input {spec.name!r} has no fixed size ({spec.oip_shape}), so raw bytes do not say its shape.",
                 fix="Send .npy (application/x-npy) or an Open Inference Protocol body.",
             )
-        sizes = [int(axis) for axis in shape]
-        wanted = np.dtype(spec.dtype).newbyteorder("<")
-        expected = int(np.prod(sizes, dtype=np.int64)) * wanted.itemsize
-        if len(data) != expected:
+        if len(data) != self._raw_bytes:
             raise InvalidTensor(
-                f"The input {spec.name!r} takes {expected} bytes ({spec.oip_datatype} {sizes}); {len(data)} came."
+                f"The input {spec.name!r} takes {self._raw_bytes} bytes ({spec.oip_datatype} {self._raw_shape}); "
+                f"{len(data)} came."
             )
-        return {spec.name: np.frombuffer(data, dtype=wanted).reshape(sizes)}
+        return {spec.name: np.frombuffer(data, dtype=self._raw_dtype).reshape(self._raw_shape)}
 
     def _npy_feeds(self, data: bytes) -> Feeds:
         spec = self._only_input("a .npy array")
@@ -142,6 +142,13 @@ class TensorTask:
 
     def _listed(self) -> str:
         return ", ".join(self.content_types)
+
+
+def _fixed_shape(spec: TensorSpec) -> list[int] | None:
+    """The shape of one request for `spec`, or None where only the request itself could say it."""
+    shape = spec.at_batch(1)
+    sizes = [axis for axis in shape if isinstance(axis, int)]
+    return sizes if len(sizes) == len(shape) and spec.dtype != "string" else None
 
 
 def class_text(score: float, index: int, labels: tuple[str, ...]) -> str:

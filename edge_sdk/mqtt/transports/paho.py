@@ -141,7 +141,7 @@ class PahoTransport:
         self._paho = _paho_client(self, options, self._wire)
         properties = None
         if options.version == 5:
-            properties = PahoProperties(PacketTypes.CONNECT)
+            properties = _paho_properties(PacketTypes.CONNECT)
             properties.ReceiveMaximum = options.receive_maximum
             if options.session_expiry_s:
                 properties.SessionExpiryInterval = options.session_expiry_s
@@ -541,7 +541,7 @@ def _paho_client(transport: PahoTransport, options: ConnectOptions, wire: _Wire)
     if (will := options.will) is not None:
         properties = None
         if five:
-            properties = PahoProperties(PacketTypes.WILLMESSAGE)
+            properties = _paho_properties(PacketTypes.WILLMESSAGE)
             if will.delay_s:
                 properties.WillDelayInterval = will.delay_s
             if will.message.properties.content_type is not None:
@@ -549,6 +549,10 @@ def _paho_client(transport: PahoTransport, options: ConnectOptions, wire: _Wire)
         message = will.message
         client.will_set(message.topic, message.payload, message.qos, message.retain, properties)
     return client
+
+
+def _paho_properties(packet_type: int) -> Any:
+    return PahoProperties(packet_type)  # type: ignore[no-untyped-call]  # paho left this class without types
 
 
 def _connect(options: ConnectOptions, timeout_s: float) -> _Socket:

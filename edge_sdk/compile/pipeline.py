@@ -1,0 +1,831 @@
+"""The offline journey: an ONNX file becomes an engine package. `_make` is the journey, read it first.
+
+    package = build_engine("engines/squeezenet", precision="auto")
+    print(package.manifest.measurements.decision)
+
+A build depends on nothing but content: the model, the spec, the data, the profile and the tools. Their digest is the
+build key, and a build whose key is the one already there does nothing. FP32 is always the reference. A lower precision
+is kept only on evidence, and the package says which.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+from onnx import ModelProto
+
+import edge_sdk
+from edge_sdk.backends.base import Backend, Engine
+from edge_sdk.backends.registry import backend as backend_named
+from edge_sdk.backends.registry import backend_for
+from edge_sdk.compile import calibrate, quantize, widths
+from edge_sdk.compile.calibrate import METHODS, Method
+from edge_sdk.compile.datasets import Reader, Sample, Samples, open_samples
+from edge_sdk.compile.inspect import ModelSummary, ends_in_softmax, read_model, summarize
+from edge_sdk.compile.modernize import OPSET, ModernGraph, modern_graph
+from edge_sdk.compile.report import write_reports
+from edge_sdk.compile.verify import (
+    Accuracy,
+    Progress,
+    best_batch,
+    can_stack,
+    decoder_for,
+    judge,
+    no_progress,
+    throughput,
+    time_engines,
+)
+from edge_sdk.errors import (
+    BackendUnavailable,
+    DataError,
+    EngineFailed,
+    ModelError,
+    PackageError,
+    ProfileError,
+    SpecError,
+)
+from edge_sdk.package import (
+    GRAPH,
+    LABELS,
+    MANIFEST,
+    BackendRecord,
+    BatchingRecord,
+    CalibrationRecord,
+    EnginePackage,
+    Figures,
+    Manifest,
+    Measurements,
+    SourceRecord,
+    file_sha256,
+    seal,
+    writing,
+)
+from edge_sdk.profiles import DeviceProfile, Machine, Precision, detect, load_profile, load_profiles
+from edge_sdk.spec import (
+    Calibration,
+    EngineSpec,
+    Validation,
+    data_source,
+    load_spec,
+    read_labels,
+    spec_for_model,
+)
+from edge_sdk.tasks.registry import task_for
+from edge_sdk.tensors import MAX_ELEMENTS, Feeds, TensorSpec, numpy_dtype
+
+WantedPrecision = Literal["auto", "fp32", "fp16", "int8"]
+
+_MIN_HELD_OUT = 8
+"""Fewer samples than this say nothing about a graph; then every fifth calibration sample is held out instead."""
+_WORTH_IT = 1.02
+"""How many times faster than FP32 a lower precision must be: less than that is noise."""
+_SAME_ANSWER_DB = 40.0
+"""How closely the modern graph must answer as the file does: well above what FP16's own rounding leaves."""
+_PROBES = 3
+
+
+@dataclass(frozen=True)
+class Build:
+    """A package, and whether it was there already: built from the same model, data and tools, so nothing was done."""
+
+    package: EnginePackage
+    unchanged: bool
+
+
+def build_engine(
+    source: str | os.PathLike[str] | EngineSpec,
+    *,
+    profile: str | DeviceProfile | None = None,
+    precision: WantedPrecision = "auto",
+    calibration: str | os.PathLike[str] | None = None,
+    samples: int | None = None,
+    output: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> EnginePackage:
+    """Build an engine package from an engine spec or an ONNX file, and give it back opened.
+
+    >>> package = build_engine("engines/digits")
+    >>> package = build_engine("model.onnx", profile="cpu-x86", calibration="photos.npz")
+
+    Args:
+        source: the folder of an `engine.toml`, the file itself, an `.onnx` file (task `tensors`), or a spec.
+        profile: a device profile, by name, by the path of a TOML file, or as a value; by default the one that fits
+            this machine.
+        precision: `fp32`, `fp16`, `int8`, or `auto`: INT8 if it is faster than FP32 and inside the spec's budget
+            ([validation]), otherwise FP32. The package's `manifest.measurements.decision` says why, with figures.
+        calibration: calibration data in place of the spec's: a folder of images, a .npz or .npy file, or a callable
+            `module:function`.
+        samples: how many calibration samples to take in place of the spec's number, evenly spread over the data.
+        output: the package's directory. By default `build/<profile>` beside engine.toml, or
+            `<name>/build/<profile>` beside a bare ONNX file.
+        force: build even if the package there was built from the very same things.
+        progress: called with (step, done, total) as long steps advance.
+
+    An already quantised model is packaged exactly as it is. Without validation data, part of the calibration samples
+    is held out to judge on. For a profile of another kind of device the speed cannot be measured here; `auto` then
+    takes INT8 on its accuracy alone, and says so.
+
+    The package appears in one step, or not at all: no failure and no interrupt leaves anything behind.
+
+    Raises:
+        ModelError: the file is broken, hostile, cannot be taken; or the precision asked for is outside the budget.
+        SpecError: engine.toml, or an argument, is wrong.
+        DataError: calibration or validation data is missing or does not fit, or `int8` was asked for without any.
+        ProfileError: no such profile, or it lacks the precision.
+        BackendError: nothing here can run the graph, or the runtime refuses it.
+        PackageError: `output` cannot be written, or holds something that is not a package.
+    """
+    return build(
+        source,
+        profile=profile,
+        precision=precision,
+        calibration=calibration,
+        samples=samples,
+        output=output,
+        force=force,
+        progress=progress,
+    ).package
+
+
+def build(
+    source: str | os.PathLike[str] | EngineSpec,
+    *,
+    profile: str | DeviceProfile | None = None,
+    precision: WantedPrecision = "auto",
+    calibration: str | os.PathLike[str] | None = None,
+    samples: int | None = None,
+    output: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Build:
+    """As `build_engine`, and say whether anything had to be done."""
+    order = _order(source, profile, precision, calibration, samples, output, progress or no_progress)
+    ingredients = _gathered(order)
+    if not force and (package := _existing(order.output, ingredients.key)) is not None:
+        return Build(package, unchanged=True)
+    return Build(_make(order, ingredients), unchanged=False)
+
+
+def _make(order: _Order, ingredients: _Ingredients) -> EnginePackage:
+    """Inspected model -> modern graph -> candidate -> verified -> packed."""
+    modern = _trusted_graph(order, ingredients)
+    baseline = _baseline(ingredients, modern.model)
+    with _engine(order, baseline.graph) as reference:
+        candidate = _candidate(order, ingredients, modern.model, baseline, reference)
+        verdict = _verified(order, ingredients, baseline, candidate, reference)
+    with writing(order.output) as folder:
+        (folder / GRAPH).write_bytes(verdict.chosen.graph)
+        if ingredients.labels:
+            (folder / LABELS).write_text("\n".join(ingredients.labels) + "\n", encoding="utf-8")
+        engine_file = order.backend.build(folder / GRAPH, order.profile, folder)
+        manifest = _manifest(order, ingredients, verdict, engine_file)
+        write_reports(folder, manifest, ingredients.summary, modern.notes)
+        seal(folder, manifest)
+    return EnginePackage.open(order.output)
+
+
+# What is wanted
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What was asked for, every default filled in."""
+
+    spec: EngineSpec
+    folder: Path
+    profile: DeviceProfile
+    precision: WantedPrecision
+    output: Path
+    backend: Backend
+    missing: str | None
+    """What this machine lacks for the backend the profile prefers."""
+    measurable: bool
+    """Whether this machine's speed says something about the profile's device."""
+    progress: Progress
+
+    def advance(self, step: str, total: int) -> _Advance:
+        return _Advance(self.progress, step, total)
+
+
+@dataclass(frozen=True)
+class _Advance:
+    progress: Progress
+    step: str
+    total: int
+
+    def __call__(self, done: int) -> None:
+        self.progress(self.step, done, self.total)
+
+
+def _order(
+    source: str | os.PathLike[str] | EngineSpec,
+    profile: str | DeviceProfile | None,
+    precision: WantedPrecision,
+    calibration: str | os.PathLike[str] | None,
+    samples: int | None,
+    output: str | os.PathLike[str] | None,
+    progress: Progress,
+) -> _Order:
+    spec, folder, place = _spec_and_places(source)
+    machine = Machine.read()
+    if profile is None:
+        chosen, _ = detect(machine, load_profiles())
+    else:
+        chosen = profile if isinstance(profile, DeviceProfile) else load_profile(profile)
+    if precision not in get_args(WantedPrecision):
+        raise SpecError(f"There is no precision {precision!r}.", fix="It is auto, fp32, fp16 or int8.")
+    if precision != "auto" and precision not in chosen.precisions:
+        raise ProfileError(
+            f"The profile {chosen.name} does not compute {precision}; it computes {', '.join(chosen.precisions)}.",
+            fix="Choose one of those, or auto.",
+        )
+    target = Path(output) if output is not None else place / "build" / chosen.name
+    _refuse_to_overwrite(target)
+    backend = backend_for(chosen)
+    return _Order(
+        spec=_with_calibration(spec, calibration, samples),
+        folder=folder,
+        profile=chosen,
+        precision=precision,
+        output=target,
+        backend=backend,
+        missing=_missing(chosen, backend),
+        measurable=chosen.architecture == machine.architecture and backend.name == chosen.backends[0],
+        progress=progress,
+    )
+
+
+def _spec_and_places(source: str | os.PathLike[str] | EngineSpec) -> tuple[EngineSpec, Path, Path]:
+    """The spec, the folder its callables are imported from, and the folder that gets `build/`."""
+    if isinstance(source, EngineSpec):
+        return source, source.model.parent, source.model.parent
+    path = Path(source)
+    if not path.exists():
+        raise SpecError(f"There is nothing at {path}.", fix="Give the folder of an engine.toml, or an .onnx file.")
+    if path.is_dir() or path.suffix == ".toml":
+        spec = load_spec(path)
+        folder = (path if path.is_dir() else path.parent).resolve()
+        return spec, folder, folder
+    spec = spec_for_model(path)
+    return spec, path.absolute().parent, path.absolute().parent / spec.name
+
+
+def _with_calibration(spec: EngineSpec, calibration: str | os.PathLike[str] | None, samples: int | None) -> EngineSpec:
+    if samples is not None and samples < 1:
+        raise SpecError(f"{samples} calibration samples were asked for; at least 1 is needed.")
+    section = spec.calibration
+    if calibration is not None:
+        data = data_source(os.fspath(calibration), Path.cwd())
+        section = section.model_copy(update={"data": data}) if section else Calibration(data=data)
+    if samples is not None and section is not None:
+        section = section.model_copy(update={"samples": samples})
+    return spec.model_copy(update={"calibration": section})
+
+
+def _refuse_to_overwrite(target: Path) -> None:
+    """A build replaces the whole directory, so it must be a package, empty, or not there."""
+    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
+        raise PackageError(f"{target} holds something that is not an engine package.", fix="Give another --output.")
+    if target.exists() and not target.is_dir():
+        raise PackageError(f"{target} is not a directory.", fix="Give another --output.")
+
+
+def _missing(profile: DeviceProfile, backend: Backend) -> str | None:
+    """Why the backend the profile prefers is not the one used here; None if it is."""
+    preferred = profile.backends[0]
+    if preferred == backend.name:
+        return None
+    try:
+        why = backend_named(preferred).availability().why_not
+    except BackendUnavailable as exc:
+        why = exc.problem
+    return f"{preferred} has no engine here: {why} The graph runs on the device's CPU with {backend.name} meanwhile."
+
+
+# What it is made of
+
+
+@dataclass(frozen=True)
+class _Ingredients:
+    """Everything a build depends on, read and checked, and the digest of it all."""
+
+    model: ModelProto
+    summary: ModelSummary
+    sha256: str
+    labels: tuple[str, ...]
+    calibration: Samples | None
+    judging: Samples | None
+    """Validation data, or held-out calibration samples; None without any data."""
+    judged_on: str
+    held_out: Samples | None
+    """Calibration samples on which methods are compared."""
+    data_sha256: str
+    key: str
+
+
+def _gathered(order: _Order) -> _Ingredients:
+    spec = order.spec
+    model = read_model(spec.model)
+    summary = summarize(model, spec.model.name)
+    labels = read_labels(spec.postprocess.labels) if spec.postprocess.labels is not None else ()
+    _check_task(spec, summary, labels)
+    reader = Reader(summary.inputs, decoder_for(spec.preprocess, summary.inputs), labels, order.folder)
+    calibration, held_out = _calibration_samples(spec, reader)
+    validation = open_samples(spec.validation.data, reader, limit=_CALLABLE_LIMIT) if spec.validation else None
+    if validation is not None:
+        judged_on = f"{len(validation)} samples of {spec.validation.data if spec.validation else ''}"
+    elif held_out is not None:
+        judged_on = f"{len(held_out)} held-out samples of {held_out.source}"
+    else:
+        judged_on = "no data: none was given"
+    order.progress("reading the data", 0, 1)
+    data_sha256 = calibration.digest() if calibration is not None else ""
+    others = [samples.digest() for samples in (held_out, validation) if samples is not None]
+    order.progress("reading the data", 1, 1)
+    content = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+    return _Ingredients(
+        model=model,
+        summary=summary,
+        sha256=file_sha256(spec.model),
+        labels=labels,
+        calibration=calibration,
+        judging=validation or held_out,
+        judged_on=judged_on,
+        held_out=held_out,
+        data_sha256=data_sha256,
+        key=_build_key(order, content, labels, [data_sha256, *others]),
+    )
+
+
+_CALLABLE_LIMIT = 1000
+"""How many validation samples are taken from a callable, which may never end."""
+
+
+def _check_task(spec: EngineSpec, summary: ModelSummary, labels: tuple[str, ...]) -> None:
+    """SpecError if the task does not suit the model, or the labels do not."""
+    task_for(
+        spec.task,
+        name=spec.name,
+        version=spec.version,
+        inputs=summary.inputs,
+        outputs=summary.outputs,
+        preprocess=spec.preprocess,
+        postprocess=spec.postprocess,
+        labels=labels,
+    )
+    sizes = summary.outputs[0].shape[1:] if summary.outputs else ()
+    fixed = [axis for axis in sizes if isinstance(axis, int)]
+    if labels and fixed and len(fixed) == len(sizes) and int(np.prod(fixed)) != len(labels):
+        raise SpecError(
+            f"{spec.postprocess.labels} has {len(labels)} labels; the model's first output has {int(np.prod(fixed))} "
+            "scores.",
+            fix="There must be one label for each class, in their order.",
+        )
+
+
+def _calibration_samples(spec: EngineSpec, reader: Reader) -> tuple[Samples | None, Samples | None]:
+    """The samples to calibrate on and others of the same data, held out to compare methods on.
+
+    The held-out ones are those the spread left over; where it took all, every fifth of it.
+    """
+    if spec.calibration is None:
+        return None, None
+    wanted = spec.calibration.samples
+    held_out = max(_MIN_HELD_OUT, wanted // 4)
+    everything = open_samples(spec.calibration.data, reader, limit=wanted + held_out)
+    chosen = everything.spread(wanted)
+    rest = everything.without(chosen)
+    if len(rest) >= _MIN_HELD_OUT:
+        return chosen, rest.spread(held_out)
+    if len(chosen) < 5:
+        return chosen, chosen
+    fifth = chosen.spread(len(chosen) // 5)
+    return chosen.without(fifth), fifth
+
+
+def _build_key(order: _Order, model: str, labels: tuple[str, ...], data: Sequence[str]) -> str:
+    """Paths are not in it: a build that was moved, or whose data was, is still the same build."""
+    spec = order.spec.model_dump(mode="json")
+    del spec["model"], spec["postprocess"]["labels"]
+    for section in ("calibration", "validation"):
+        if spec[section] is not None:
+            del spec[section]["data"]
+    content = {
+        "model": model,
+        "file": order.spec.model.name,
+        "spec": spec,
+        "labels": labels,
+        "data": data,
+        "profile": order.profile.model_dump(mode="json"),
+        "precision": order.precision,
+        "backend": [order.backend.name, order.missing],
+        "measurable": order.measurable,
+        "tools": _tools(),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _tools() -> dict[str, str]:
+    versions = {"edge-sdk": edge_sdk.__version__}
+    for name in ("onnx", "onnxruntime", "onnxslim", "numpy"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _existing(output: Path, key: str) -> EnginePackage | None:
+    """The package at `output` if it was built from the same things and is whole."""
+    try:
+        package = EnginePackage.open(output)
+        if package.manifest.build_key != key:
+            return None
+        package.verify()
+    except PackageError:
+        return None
+    return package
+
+
+# The graph, and what might become of it
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A graph that may be packed. `reason` is why it is this one, where that was decided before measuring."""
+
+    precision: Precision
+    graph: bytes
+    method: Method | None = None
+    reason: str = ""
+
+
+def _trusted_graph(order: _Order, ingredients: _Ingredients) -> ModernGraph:
+    """The tidiest modern graph that answers as the file does.
+
+    The converter and the simplifier are other people's graph surgery; their word is not taken for it. Where the file
+    itself cannot be run here, or there is nothing to ask it, the modern graph stands.
+    """
+    model, summary = ingredients.model, ingredients.summary
+    modern = modern_graph(model, summary)
+    if summary.already_quantized or _answers_as(order, ingredients, modern.model):
+        return modern
+    plain = modern_graph(model, summary, simplify=False)
+    if _answers_as(order, ingredients, plain.model):
+        return replace(plain, notes=(*plain.notes, "Simplifying the graph changed its answers, so it was left out."))
+    raise ModelError(
+        f"{summary.file} answers otherwise once it is brought to opset {OPSET}.",
+        fix="Export it again at that opset or a later one.",
+    )
+
+
+def _answers_as(order: _Order, ingredients: _Ingredients, graph: ModelProto) -> bool:
+    """Whether `graph` answers a few questions as the file does; True where there is no telling."""
+    try:
+        with (
+            _engine(order, ingredients.model.SerializeToString()) as original,
+            _engine(order, graph.SerializeToString()) as engine,
+        ):
+            judgement = judge(original, [engine], _probes(ingredients), classes=False)
+    except (EngineFailed, DataError):
+        return True
+    snr_db = judgement.candidates[0].snr_db
+    return snr_db is None or snr_db >= _SAME_ANSWER_DB
+
+
+def _probes(ingredients: _Ingredients) -> list[Sample]:
+    """A few questions to ask graphs that ought to be equal: samples, or zeros where there is no data."""
+    if ingredients.judging is not None:
+        return list(ingredients.judging.spread(_PROBES))
+    zeros = _zeros(ingredients.summary.inputs)
+    return [Sample("zeros", zeros)] if zeros is not None else []
+
+
+def _zeros(inputs: tuple[TensorSpec, ...]) -> Feeds | None:
+    """One request of zeros, for timing alone; None where only the user knows what sizes make sense."""
+    feeds = {}
+    for spec in inputs:
+        shape = [axis for axis in spec.at_batch(1) if isinstance(axis, int)]
+        if len(shape) < len(spec.shape) or spec.dtype == "string" or math.prod(shape) > MAX_ELEMENTS:
+            return None
+        feeds[spec.name] = np.zeros(shape, numpy_dtype(spec.dtype))
+    return feeds
+
+
+@contextmanager
+def _engine(order: _Order, graph: bytes) -> Iterator[Engine]:
+    with closing(order.backend.load_graph(graph, order.profile)) as engine:
+        yield engine
+
+
+def _baseline(ingredients: _Ingredients, model: ModelProto) -> _Candidate:
+    """What everything is measured against: the model in FP32, or the quantised model that it is."""
+    precision: Precision = "int8" if ingredients.summary.already_quantized else "fp32"
+    return _Candidate(precision, model.SerializeToString())
+
+
+def _candidate(
+    order: _Order, ingredients: _Ingredients, model: ModelProto, baseline: _Candidate, reference: Engine
+) -> _Candidate:
+    """The graph in the precision asked for; for `auto`, in INT8 if there is a way to it."""
+    if ingredients.summary.already_quantized:
+        if order.precision in {"fp32", "fp16"}:
+            raise ModelError(
+                f"{ingredients.summary.file} is already quantised; it cannot be built as {order.precision}.",
+                fix="Build it as auto, or give the model it was quantised from.",
+            )
+        return replace(baseline, reason="INT8: the model came quantised and is served exactly as it is.")
+    if order.precision == "fp32":
+        return replace(baseline, reason="FP32, as asked.")
+    if order.precision == "fp16":
+        return _Candidate("fp16", widths.narrowed(model).SerializeToString())
+    if order.precision == "int8":
+        return _int8(order, ingredients, model, reference)
+    if "int8" not in order.profile.precisions:
+        return replace(baseline, reason=f"FP32: the profile {order.profile.name} does not compute INT8.")
+    if ingredients.calibration is None:
+        return replace(baseline, reason=f"FP32: INT8 needs calibration data, and none was given. {_GIVE_DATA}")
+    try:
+        return _int8(order, ingredients, model, reference)
+    except ModelError as exc:
+        return replace(baseline, reason=f"FP32: {exc.problem}")
+
+
+_GIVE_DATA = (
+    "Name some in engine.toml ([calibration] data = ...) or with --calibration: a folder of typical images, a .npz or "
+    ".npy file, or a callable module:function. About a hundred samples do."
+)
+
+
+def _int8(order: _Order, ingredients: _Ingredients, model: ModelProto, reference: Engine) -> _Candidate:
+    """Statistics once; then a graph for each method asked for, and the best of them."""
+    calibration, held_out = ingredients.calibration, ingredients.held_out
+    if calibration is None or held_out is None:
+        raise DataError("INT8 was asked for, but there is no data to calibrate it with.", fix=_GIVE_DATA)
+    scheme = order.profile.quantization
+    placement = quantize.place(model, scheme)
+    if not placement:
+        raise ModelError(
+            "Nothing in the model is computed faster in INT8: it has no Conv, Gemm or MatMul with constant weights.",
+            fix="Build it as fp32.",
+        )
+    statistics = calibrate.observe(
+        model,
+        placement.observed,
+        calibration,
+        order.backend,
+        order.profile,
+        each=order.advance("calibrating", len(calibration)),
+    )
+    asked = order.spec.calibration.method if order.spec.calibration else "auto"
+    methods: tuple[Method, ...] = METHODS if asked == "auto" else (asked,)
+    candidates = []
+    for method in methods:
+        ranges = statistics.ranges(method, symmetric=scheme.symmetric)
+        graph = quantize.quantized(model, placement, ranges, scheme)
+        candidates.append(_Candidate("int8", graph.SerializeToString(), method))
+    return candidates[0] if len(candidates) == 1 else _best_of(order, candidates, reference, held_out)
+
+
+def _best_of(order: _Order, candidates: Sequence[_Candidate], reference: Engine, held_out: Samples) -> _Candidate:
+    """The candidate closest to FP32 on samples that it was not calibrated on.
+
+    By signal-to-noise ratio: over a few dozen samples, agreement is decided by one or two close calls.
+    """
+    with ExitStack() as stack:
+        engines = [stack.enter_context(_engine(order, candidate.graph)) for candidate in candidates]
+        advance = order.advance("choosing ranges", len(held_out))
+        judgement = judge(reference, engines, held_out, classes=True, each=advance)
+    ranked = sorted(zip(judgement.candidates, candidates), key=lambda pair: _closeness(pair[0]), reverse=True)
+    return ranked[0][1]
+
+
+def _closeness(accuracy: Accuracy) -> tuple[bool, float, float]:
+    return accuracy.finite, accuracy.snr_db or 0.0, accuracy.agreement_percent or 0.0
+
+
+# What came of it
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """The graph to pack, and everything that was found out about it."""
+
+    chosen: _Candidate
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    measurements: Measurements
+    batching: BatchingRecord
+
+
+def _verified(
+    order: _Order, ingredients: _Ingredients, baseline: _Candidate, candidate: _Candidate, reference: Engine
+) -> _Verdict:
+    """The candidate against the baseline: accuracy, then speed; then the decision."""
+    with ExitStack() as stack:
+        same = candidate.graph == baseline.graph
+        engine = reference if same else stack.enter_context(_engine(order, candidate.graph))
+        accuracy, top1, samples = _accuracy(order, ingredients, reference, engine)
+        feeds = _timing_feeds(ingredients)
+        speeds = _speeds(order, [reference] if same else [reference, engine], feeds)
+        stackable = feeds is not None and can_stack(engine, feeds)
+    ours = _figures(candidate, speeds[-1], accuracy.top1_percent if accuracy else None)
+    theirs = _figures(baseline, speeds[0], top1)
+    chosen = candidate
+    if not same:
+        chosen, ours = _decided(order, baseline, candidate, theirs, ours, accuracy)
+    compared = accuracy if chosen.graph != baseline.graph else None
+    return _Verdict(
+        chosen=chosen,
+        inputs=engine.inputs,
+        outputs=engine.outputs,
+        measurements=Measurements(
+            reference=theirs,
+            engine=ours,
+            samples=samples,
+            judged_on=ingredients.judged_on,
+            agreement_percent=compared.agreement_percent if compared else None,
+            snr_db=compared.snr_db if compared else None,
+            decision=chosen.reason,
+        ),
+        batching=_batching(order, ours, stackable),
+    )
+
+
+def _accuracy(
+    order: _Order, ingredients: _Ingredients, reference: Engine, engine: Engine
+) -> tuple[Accuracy | None, float | None, int]:
+    """The engine's accuracy, the reference's top-1, and over how many samples; without data there is none."""
+    if ingredients.judging is None:
+        return None, None, 0
+    classes = order.spec.task == "image-classification" or ingredients.judging.is_labelled
+    advance = order.advance("verifying", len(ingredients.judging))
+    judgement = judge(reference, [engine], ingredients.judging, classes=classes, each=advance)
+    return judgement.candidates[0], judgement.reference_top1_percent, judgement.samples
+
+
+def _timing_feeds(ingredients: _Ingredients) -> Feeds | None:
+    if ingredients.judging is not None:
+        return next(iter(ingredients.judging)).feeds
+    return _zeros(ingredients.summary.inputs)
+
+
+@dataclass(frozen=True)
+class _Speed:
+    latency_ms: float | None = None
+    per_second_at_batch: Mapping[int, float] = field(default_factory=dict)
+
+
+def _speeds(order: _Order, engines: Sequence[Engine], feeds: Feeds | None) -> list[_Speed]:
+    """How fast each engine is here; nothing where that says nothing about the profile's device."""
+    if feeds is None or not order.measurable:
+        return [_Speed() for _ in engines]
+    order.progress("timing", 0, 1 + len(engines))
+    latencies = time_engines(engines, feeds)
+    speeds = []
+    for done, (engine, latency_ms) in enumerate(zip(engines, latencies), start=1):
+        order.progress("timing", done, 1 + len(engines))
+        speeds.append(_Speed(latency_ms, throughput(engine, feeds, order.spec.batching.max_batch)))
+    order.progress("timing", 1 + len(engines), 1 + len(engines))
+    return speeds
+
+
+def _figures(candidate: _Candidate, speed: _Speed, top1: float | None) -> Figures:
+    return Figures(
+        precision=candidate.precision,
+        bytes=len(candidate.graph),
+        top1_percent=top1,
+        latency_ms=speed.latency_ms,
+        per_second_at_batch=speed.per_second_at_batch,
+    )
+
+
+def _decided(
+    order: _Order,
+    baseline: _Candidate,
+    candidate: _Candidate,
+    theirs: Figures,
+    ours: Figures,
+    accuracy: Accuracy | None,
+) -> tuple[_Candidate, Figures]:
+    """The graph to pack, with the reason, and its figures. ModelError if an explicit wish is outside the budget."""
+    name = candidate.precision.upper()
+    kept, broken = _against_budget(order.spec.validation or _DEFAULT_BUDGET, theirs.top1_percent, accuracy)
+    speed, is_faster = _speed_in_words(order, theirs, ours)
+    if broken and order.precision != "auto":
+        raise ModelError(
+            f"{name} is outside the accuracy budget: {broken}.",
+            fix="Give more or more typical calibration data, raise the budget in engine.toml ([validation]), or build "
+            "with --precision auto, which falls back to FP32.",
+        )
+    if broken:
+        return replace(baseline, reason=f"FP32: {name} was outside the accuracy budget: {broken}."), theirs
+    if order.precision == "auto" and is_faster is False:
+        return replace(baseline, reason=f"FP32: {name} was accurate enough ({kept}), but not faster: {speed}."), theirs
+    asked = "" if order.precision == "auto" else ", as asked"
+    return replace(candidate, reason=f"{name}{asked}: {kept}; {speed}."), ours
+
+
+_DEFAULT_BUDGET = Validation(data="")
+
+
+def _against_budget(budget: Validation, reference_top1: float | None, accuracy: Accuracy | None) -> tuple[str, str]:
+    """The accuracy in words, once as what was found, and once as what is wrong with it (empty if nothing is)."""
+    if accuracy is None:
+        return "its accuracy was not judged, there was no data", ""
+    if not accuracy.finite:
+        return "", "its outputs hold NaN or infinity"
+    if accuracy.top1_percent is not None and reference_top1 is not None:
+        found = f"top-1 {accuracy.top1_percent:.1f} % against {reference_top1:.1f} % in FP32"
+        limit = f"at most {budget.max_drop:g} points may be lost"
+        broken = reference_top1 - accuracy.top1_percent > budget.max_drop
+    elif accuracy.agreement_percent is not None:
+        found = f"the first label is FP32's in {accuracy.agreement_percent:.1f} % of the samples"
+        limit = f"{budget.min_agreement:g} % are needed"
+        broken = accuracy.agreement_percent < budget.min_agreement
+    else:
+        snr_db = accuracy.snr_db if accuracy.snr_db is not None else 0.0
+        found = f"its outputs are {snr_db:.1f} dB above their difference from FP32's"
+        limit = f"{budget.min_snr_db:g} dB are needed"
+        broken = accuracy.snr_db is not None and snr_db < budget.min_snr_db
+    return found, f"{found}, but {limit}" if broken else ""
+
+
+def _speed_in_words(order: _Order, theirs: Figures, ours: Figures) -> tuple[str, bool | None]:
+    """The comparison, and whether the candidate is faster; None where that cannot be known here."""
+    if theirs.latency_ms is None or ours.latency_ms is None:
+        return f"its speed on {order.profile.title} could not be measured on this machine", None
+    ratio = theirs.latency_ms / ours.latency_ms
+    compared = f"{ours.latency_ms:.2f} ms against {theirs.latency_ms:.2f} ms in FP32, {ratio:.2f} times as fast"
+    return compared, ratio >= _WORTH_IT
+
+
+def _batching(order: _Order, figures: Figures, stackable: bool) -> BatchingRecord:
+    """Where nothing was measured the largest batch counts as the best: on the devices that this is about, it is."""
+    batching = order.spec.batching
+    if not stackable:
+        return BatchingRecord(max_batch=1, best_batch=1, max_wait_ms=batching.max_wait_ms)
+    rates = figures.per_second_at_batch
+    return BatchingRecord(
+        max_batch=max(rates) if rates else batching.max_batch,
+        best_batch=best_batch(rates) if rates else batching.max_batch,
+        max_wait_ms=batching.max_wait_ms,
+    )
+
+
+# What is packed
+
+
+def _manifest(order: _Order, ingredients: _Ingredients, verdict: _Verdict, engine_file: str | None) -> Manifest:
+    spec, summary, chosen = order.spec, ingredients.summary, verdict.chosen
+    scores = spec.postprocess.scores
+    if scores == "auto":
+        scores = "probabilities" if ends_in_softmax(ingredients.model) else "logits"
+    return Manifest(
+        name=spec.name,
+        version=spec.version,
+        task=spec.task,
+        preprocess=spec.preprocess,
+        postprocess=spec.postprocess.model_copy(
+            update={"labels": Path(LABELS) if ingredients.labels else None, "scores": scores}
+        ),
+        inputs=verdict.inputs,
+        outputs=verdict.outputs,
+        profile=order.profile.name,
+        architecture=order.profile.architecture,
+        precision=chosen.precision,
+        batching=verdict.batching,
+        backend=BackendRecord(name=order.backend.name, engine_file=engine_file, missing=order.missing),
+        source=SourceRecord(
+            file=summary.file,
+            sha256=ingredients.sha256,
+            bytes=summary.size_bytes,
+            opset=summary.opset,
+            ir_version=summary.ir_version,
+            already_quantized=summary.already_quantized,
+        ),
+        calibration=_calibration_record(ingredients, chosen),
+        tools=_tools(),
+        measurements=verdict.measurements,
+        build_key=ingredients.key,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def _calibration_record(ingredients: _Ingredients, chosen: _Candidate) -> CalibrationRecord | None:
+    data = ingredients.calibration
+    if data is None or chosen.method is None:
+        return None
+    return CalibrationRecord(data=data.source, sha256=ingredients.data_sha256, samples=len(data), method=chosen.method)

@@ -1,0 +1,726 @@
+"""The client library: ask a model on a device, over MQTT, and get one answer or one error.
+
+    with Client("mqtt://localhost") as client:
+        answer = client.infer("squeezenet", "photo.jpg")
+        print(answer.predictions[0].label)
+
+    futures = [client.submit("squeezenet", path) for path in paths]      # many in flight
+    answers = [future.result() for future in futures]
+    answer = await asyncio.wrap_future(client.submit("squeezenet", path))  # from asyncio
+
+Whether a request is sent, sent again or given up is decided in `edge_sdk.mqtt.pending`; this file is the shell around
+it: one background thread that owns the connection, and the encoding of what users have into what devices take.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Union
+
+import numpy as np
+
+from edge_sdk.errors import (
+    BrokerError,
+    DataError,
+    EdgeSdkError,
+    Malformed,
+    NoAnswer,
+    QueueFull,
+    RequestError,
+    SettingsError,
+    TooLarge,
+    Unavailable,
+    request_error,
+)
+from edge_sdk.mqtt import topics
+from edge_sdk.mqtt.address import connect_options
+from edge_sdk.mqtt.backoff import Backoff
+from edge_sdk.mqtt.negotiation import Negotiation, ProtocolSetting
+from edge_sdk.mqtt.pending import Fail, PendingRequest, PendingRequests
+from edge_sdk.mqtt.topics import Topics
+from edge_sdk.mqtt.transports.base import (
+    Acknowledged,
+    Closed,
+    Connected,
+    ConnectOptions,
+    Event,
+    Message,
+    MqttVersion,
+    Properties,
+    Received,
+    Refused,
+    Subscribed,
+    Transport,
+)
+from edge_sdk.tasks.base import BINARY, JPEG, JSON, NPY, PNG, Body
+from edge_sdk.tasks.npy import MAGIC as NPY_MAGIC
+from edge_sdk.tasks.npy import encode_npy
+from edge_sdk.tasks.oip import decode_response, encode_json_request, encode_request
+from edge_sdk.tensors import Array
+
+Data = Union[bytes, bytearray, memoryview, str, "os.PathLike[str]", Array, Mapping[str, Array]]
+"""What a model can be asked about. See `Client.infer`."""
+
+HEADER_LENGTH = "inference-header-content-length"
+WAV = "audio/wav"
+
+WINDOW = 64
+"""Requests on their way to the broker, unacknowledged, at a time; the broker's Receive Maximum may say fewer."""
+ANSWERS_ON_THE_WAY = 1_000
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+
+_SNIFFED = (
+    (b"\xff\xd8\xff", JPEG),
+    (b"\x89PNG", PNG),
+    (NPY_MAGIC, NPY),
+    (b"RIFF", WAV),
+)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One class of a classification; `score` is the model's, usually a probability."""
+
+    label: str
+    index: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a device answered. `outputs` are read-only views of `raw` where that is possible."""
+
+    outputs: dict[str, Array]
+    predictions: tuple[Prediction, ...]
+    """The best classes first; empty for a model that does not classify."""
+    model: str
+    model_version: str
+    device: str
+    timing: dict[str, float]
+    """Milliseconds on the device, by stage (`queue`, `infer`); empty on MQTT 3.1.1."""
+    content_type: str
+    raw: bytes = field(repr=False)
+    """The body as it came."""
+    status: int = 200
+
+
+@dataclass(frozen=True)
+class ClientStatistics:
+    """Counts since the client was made."""
+
+    requests: int
+    answers: int
+    errors: int
+    """Requests that ended with an exception."""
+    resent: int
+    """Publications beyond the first of each request."""
+    duplicates: int
+    """Answers that came again and were dropped."""
+    late: int
+    """Answers to requests that had been given up."""
+    reconnects: int
+
+
+@dataclass
+class _Job:
+    """A request with what the shell needs for it."""
+
+    future: Future[Answer]
+    model: str
+    version: str | None
+    encode: Callable[[MqttVersion], Body]
+    accept: str | None
+    body: Body
+    body_version: MqttVersion
+    device: str | None
+    deadline: float
+
+
+class Client:
+    """A connection to a broker, and through it to devices. Thread-safe; use it as a context manager, or `close` it.
+
+    `broker_url` is mqtt://HOST[:PORT] or mqtts://. `device` is whom requests go to when they do not say; None means the
+    only device that is online. `timeout_s` is the total deadline of a request, resends and waiting included.
+    `wait_for_device_s` is the patience with a device that was online and is not (it may be restarting); one that was
+    never seen fails within half a second. `protocol` is "auto", "5" or "3.1.1".
+
+    The constructor connects, and raises BrokerError if that is not possible in `connect_timeout_s`. After that a lost
+    connection is restored in the background and costs no request, only time.
+    """
+
+    def __init__(
+        self,
+        broker_url: str = "mqtt://localhost:1883",
+        *,
+        device: str | None = None,
+        timeout_s: float = 30.0,
+        connect_timeout_s: float = 10.0,
+        wait_for_device_s: float = 10.0,
+        protocol: ProtocolSetting = "auto",
+        username: str | None = None,
+        password: str | None = None,
+        tls_ca_file: str | None = None,
+        root: str = topics.DEFAULT_ROOT,
+        client_id: str | None = None,
+        keepalive_s: int = 30,
+        transport: Transport | None = None,
+    ) -> None:
+        self.client_id = client_id or f"sdk-{secrets.token_hex(6)}"
+        self._root = topics.check_root(root)
+        self._device = None if device is None else Topics(root, device).device
+        self._timeout_s = timeout_s
+        self._connect_timeout_s = connect_timeout_s
+        self._reply_topic = topics.reply(root, self.client_id)
+        self._options: ConnectOptions = connect_options(
+            broker_url,
+            client_id=self.client_id,
+            username=username,
+            password=password,
+            tls_ca_file=tls_ca_file,
+            clean_start=True,
+            keepalive_s=keepalive_s,
+            receive_maximum=ANSWERS_ON_THE_WAY,
+            maximum_packet_size=MAX_ANSWER_BYTES,
+        )
+        if transport is None:
+            from edge_sdk.mqtt.transports.paho import PahoTransport
+
+            transport = PahoTransport()
+        self._transport = transport
+
+        self._negotiation = Negotiation(protocol)
+        self._backoff = Backoff()
+        self._pending = PendingRequests(wait_for_device_s)
+        self._jobs: dict[PendingRequest, _Job] = {}
+        self._submitted: deque[_Job] = deque()
+        self._retained: dict[str, bytes] = {}
+        self._retained_changed = threading.Condition()
+        self._watched = {topics.everyones_availability(root) if device is None else Topics(root, device).availability}
+        self._granted: set[str] = set()
+        self._subscribing: dict[int, frozenset[str]] = {}
+        self._connected = self._ready = False
+        self._connect_at = 0.0
+        self._requests = self._answers = self._errors = self._resent = self._connections = 0
+
+        self._lock = threading.Lock()
+        self._closing = False
+        self._first_try: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, name=f"edge-sdk client {self.client_id}", daemon=True)
+        self._thread.start()
+        try:
+            self._first_try.result(connect_timeout_s + 1)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Client {self.client_id} at {self._options.host}:{self._options.port}, {len(self._jobs)} waiting>"
+
+    # -------------------------------------------------------------------------------------------------- for the caller
+
+    def infer(
+        self,
+        model: str,
+        data: Data,
+        *,
+        version: str | None = None,
+        device: str | None = None,
+        timeout_s: float | None = None,
+        accept: str | None = None,
+    ) -> Answer:
+        """Ask `model` about `data`, and wait for the answer.
+
+        `data` is one of
+
+        * the bytes of a JPEG, PNG, WAV or .npy file, of a JSON body of the Open Inference Protocol, or, failing all
+          these, of one raw tensor: little-endian, row-major, of the model's input shape at batch 1;
+        * the path of such a file;
+        * an array, for a model with one input, in the input's dtype and shape;
+        * {input name: array}, for any model.
+
+        `accept` is the content type wanted for the answer: by default binary tensors for arrays, JSON for the rest.
+
+        Raises the RequestError that the device answered with (see `edge_sdk.errors`; QueueFull and Unavailable only if
+        they were still the answer at the deadline), TooLarge if the broker would not take the request, NoAnswer if the
+        deadline passed or nobody listens, and DataError for data that is none of the above.
+        """
+        return self.submit(model, data, version=version, device=device, timeout_s=timeout_s, accept=accept).result()
+
+    def submit(
+        self,
+        model: str,
+        data: Data,
+        *,
+        version: str | None = None,
+        device: str | None = None,
+        timeout_s: float | None = None,
+        accept: str | None = None,
+    ) -> Future[Answer]:
+        """As `infer`, without waiting: the future gives the Answer or raises.
+
+        Its callbacks run on the client's thread and must not block. Cancelling it forgets the request.
+        """
+        deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
+        if device is not None or self._device is not None:
+            Topics(self._root, device or self._device or "").infer(model, version=version)
+        else:
+            Topics(self._root, "any").infer(model, version=version)
+        encode = _encoder(data)
+        protocol = self._negotiation.version
+        if version is not None and protocol == 4:
+            raise SettingsError(
+                f"A request for version {version!r} needs MQTT 5: 3.1.1 has no topic with a version and a way back."
+            )
+        if accept is None and isinstance(data, (np.ndarray, Mapping)):
+            accept = BINARY
+        job = _Job(
+            Future(), model, version, encode, accept, encode(protocol), protocol, device or self._device, deadline
+        )
+        with self._lock:
+            if self._closing:
+                raise NoAnswer("This client is closed.")
+            self._submitted.append(job)
+            self._requests += 1
+        self._transport.wake()
+        return job.future
+
+    def devices(self) -> dict[str, bool]:
+        """Every device that ever said so on this broker, and whether it is online."""
+        everyone = topics.everyones_availability(self._root)
+        self._settle(everyone)
+        with self._retained_changed:
+            found = {
+                topics.device_of(self._root, topic): payload == b"online"
+                for topic, payload in self._retained.items()
+                if topic.endswith("/availability")
+            }
+        return {device: online for device, online in sorted(found.items(), key=str) if device is not None}
+
+    def info(self, device: str | None = None) -> dict[str, Any]:
+        """A device's own description: server metadata, limits, content types. Raises NoAnswer if there is none."""
+        return self._described(Topics(self._root, self._one_device(device)).info, "It has never been online here.")
+
+    def metadata(self, model: str, *, device: str | None = None) -> dict[str, Any]:
+        """A model's retained metadata: inputs, outputs, state. Raises NoAnswer if the device has no such model."""
+        topic = Topics(self._root, self._one_device(device)).model(model)
+        return self._described(topic, f"The device serves no model {model!r}, or is not there.")
+
+    @property
+    def statistics(self) -> ClientStatistics:
+        return ClientStatistics(
+            requests=self._requests,
+            answers=self._answers,
+            errors=self._errors,
+            resent=self._resent,
+            duplicates=self._pending.duplicates,
+            late=self._pending.late,
+            reconnects=max(0, self._connections - 1),
+        )
+
+    @property
+    def protocol(self) -> str:
+        """The version of MQTT in use: "5" or "3.1.1"."""
+        return "5" if self._negotiation.version == 5 else "3.1.1"
+
+    def close(self) -> None:
+        """Disconnect. What has no answer yet ends with NoAnswer. Closing again does nothing."""
+        with self._lock:
+            self._closing = True
+        self._transport.wake()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    # ------------------------------------------------------------------------------------------------ retained topics
+
+    def _one_device(self, device: str | None) -> str:
+        device = device or self._device
+        if device is not None:
+            return device
+        online = [name for name, is_online in self.devices().items() if is_online]
+        if len(online) != 1:
+            listed = ", ".join(online[:10]) or "none"
+            raise NoAnswer(f"{len(online)} devices are online ({listed}).", fix="Say which one is meant: device=...")
+        return online[0]
+
+    def _described(self, topic: str, otherwise: str) -> dict[str, Any]:
+        self._settle(topic, until=lambda: topic in self._retained)
+        payload = self._retained.get(topic)
+        if payload is None:
+            raise NoAnswer(f"Nothing is retained on {topic}. {otherwise}")
+        described = json.loads(payload)
+        if not isinstance(described, dict):
+            raise NoAnswer(f"What is retained on {topic} is not an object.")
+        return described
+
+    def _settle(self, topic_filter: str, until: Callable[[], bool] | None = None) -> None:
+        """Watch a filter, and wait until what is retained there has had time to come, or `until` says enough."""
+        with self._lock:
+            self._watched.add(topic_filter)
+        self._transport.wake()
+        with self._retained_changed:
+            granted = self._retained_changed.wait_for(
+                lambda: topic_filter in self._granted or self._closing, min(self._timeout_s, 5.0)
+            )
+            if not granted:
+                raise NoAnswer("There is no connection to the broker.")
+            # Nothing marks the end of the retained messages; a broker sends them right after SUBACK.
+            self._retained_changed.wait_for(until or (lambda: False), 0.3)
+
+    # ---------------------------------------------------------------------------------------------------- the thread
+
+    def _run(self) -> None:
+        error: EdgeSdkError = NoAnswer("The client was closed before the answer came.")
+        try:
+            while not self._closing:
+                now = time.monotonic()
+                self._keep_connected(now)
+                self._subscribe()
+                self._start_jobs(now)
+                self._act(time.monotonic())
+                for event in self._transport.poll(self._until_next(time.monotonic())):
+                    self._on(event, time.monotonic())
+        except Exception as exc:
+            error = NoAnswer(f"The client broke down: {exc!r}. This is a defect of edge-sdk.")
+            error.__cause__ = exc
+        finally:
+            with self._lock:
+                self._closing = True
+            self._give_up(error)
+            self._transport.close()
+            with self._retained_changed:
+                self._retained_changed.notify_all()
+
+    def _give_up(self, error: EdgeSdkError) -> None:
+        for fail in self._pending.fail_all(error):
+            self._end(fail)
+        for job in self._submitted:
+            _set_exception(job.future, error)
+        self._submitted.clear()
+        if not self._first_try.done():
+            self._first_try.set_exception(error)
+
+    def _until_next(self, now: float) -> float:
+        moment = self._pending.next_moment()
+        if not self._connected:
+            moment = min(moment, self._connect_at)
+        return max(0.0, min(moment - now, 10.0))
+
+    def _start_jobs(self, now: float) -> None:
+        while self._submitted:
+            job = self._submitted.popleft()
+            request = self._pending.add(job.device, job.model, deadline=job.deadline, now=now)
+            self._jobs[request] = job
+            if job.device is not None and self._device != job.device:
+                with self._lock:
+                    self._watched.add(Topics(self._root, job.device).availability)
+
+    def _act(self, now: float) -> None:
+        for action in self._pending.due(now):
+            if isinstance(action, Fail):
+                self._end(action)
+                continue
+            request = action.request
+            job = self._jobs[request]
+            if job.future.cancelled():
+                self._pending.cancel(request)
+                del self._jobs[request]
+                continue
+            try:
+                handle = self._transport.publish(self._message(request, job, now))
+            except TooLarge as error:
+                self._pending.cancel(request)
+                self._end(Fail(request, error))
+                continue
+            self._resent += request.sends > 0
+            self._pending.sent(request, handle)
+
+    def _message(self, request: PendingRequest, job: _Job, now: float) -> Message:
+        version = self._negotiation.version
+        if job.body_version != version:
+            job.body, job.body_version = job.encode(version), version
+        device = Topics(self._root, request.device or "")
+        if version == 4:
+            topic = device.infer_from(job.model, self.client_id, str(request.key))
+            return Message(topic, job.body.data)
+        user: list[tuple[str, str]] = []
+        if job.body.header_length is not None:
+            user.append((HEADER_LENGTH, str(job.body.header_length)))
+        if job.accept is not None:
+            user.append(("accept", job.accept))
+        properties = Properties(
+            response_topic=self._reply_topic,
+            correlation_data=request.key.to_bytes(8, "big"),
+            content_type=job.body.content_type or None,
+            message_expiry_s=max(1, math.ceil(request.deadline - now)),
+            user=tuple(user),
+        )
+        return Message(device.infer(job.model, version=job.version), job.body.data, properties=properties)
+
+    # ----------------------------------------------------------------------------------------------------- connection
+
+    def _keep_connected(self, now: float) -> None:
+        if self._connected or now < self._connect_at:
+            return
+        self._connect_at = math.inf  # until this attempt has ended
+        options = replace(self._options, version=self._negotiation.version)
+        try:
+            self._transport.open(options, timeout_s=self._negotiation.patience_s(self._connect_timeout_s))
+        except EdgeSdkError as error:
+            self._try_again(now, self._backoff.pause_s(), error)
+
+    def _try_again(self, now: float, pause_s: float, error: EdgeSdkError | None) -> None:
+        """Connect again after a pause; the first connection is the constructor's, and its failure final."""
+        self._connect_at = now + pause_s
+        if error is not None and not self._first_try.done():
+            self._first_try.set_exception(error)
+
+    def _on_connected(self, event: Connected) -> None:
+        self._connected = True
+        self._connections += 1
+        self._negotiation.connected()
+        self._backoff.connected()
+        self._granted.clear()
+        self._subscribing.clear()
+        self._pending.knows_listeners = self._negotiation.version == 5
+        self._window = min(WINDOW, event.limits.receive_maximum)
+
+    def _on_lost(self, event: Refused | Closed, now: float) -> None:
+        was_connected, self._connected, self._ready = self._connected, False, False
+        self._pending.disconnected()
+        where = f"The MQTT broker at {self._options.host}:{self._options.port}"
+        error = None
+        if isinstance(event, Refused):
+            again = self._negotiation.refused(event.code)
+            error = BrokerError(f"{where} refused the connection: {event.reason}.")
+        else:
+            again = not was_connected and self._negotiation.hung_up()
+            error = BrokerError(f"{where} closed the connection: {event.reason}.")
+        if again:
+            self._try_again(now, 0.0, None)
+        else:
+            refused = isinstance(event, Refused)
+            self._try_again(now, self._backoff.pause_s(refused=refused, code=event.code), error)
+
+    def _subscribe(self) -> None:
+        """Ask for what is watched and not asked for yet; the answers' own topic comes first."""
+        if not self._connected:
+            return
+        mine = f"{self._root}/+/models/+/result/{self.client_id}/+"
+        answers = self._reply_topic if self._negotiation.version == 5 else mine
+        asked = self._granted.union(*self._subscribing.values())
+        with self._lock:
+            wanted = [name for name in (answers, *sorted(self._watched)) if name not in asked]
+        if wanted:
+            self._subscribing[self._transport.subscribe(wanted)] = frozenset(wanted)
+
+    def _on_subscribed(self, event: Subscribed, now: float) -> None:
+        filters = self._subscribing.pop(event.handle, frozenset())
+        with self._retained_changed:
+            self._granted |= filters
+            self._retained_changed.notify_all()
+        if any(name.endswith("/availability") for name in filters):
+            self._pending.subscribed_to_availability(now)
+        if not self._ready:
+            self._ready = True
+            self._pending.connected(self._window)
+            if not self._first_try.done():
+                self._first_try.set_result(None)
+
+    # --------------------------------------------------------------------------------------------------------- events
+
+    def _on(self, event: Event, now: float) -> None:
+        if isinstance(event, Received):
+            self._on_message(event, now)
+        elif isinstance(event, Acknowledged):
+            self._pending.acknowledged(event.handle, event.code, now)
+        elif isinstance(event, Connected):
+            self._on_connected(event)
+        elif isinstance(event, Subscribed):
+            self._on_subscribed(event, now)
+        else:
+            self._on_lost(event, now)
+
+    def _on_message(self, received: Received, now: float) -> None:
+        message = received.message
+        self._transport.acknowledge(received)
+        key = self._key_of(message)
+        if key is not None:
+            self._on_answer(key, message, now)
+        elif message.topic.endswith("/availability"):
+            device = topics.device_of(self._root, message.topic)
+            if device is not None:
+                self._retain(message)
+                self._pending.heard(device, message.payload == b"online")
+        else:
+            self._retain(message)
+
+    def _retain(self, message: Message) -> None:
+        with self._retained_changed:
+            if message.payload:
+                self._retained[message.topic] = message.payload
+            else:
+                self._retained.pop(message.topic, None)
+            self._retained_changed.notify_all()
+
+    def _key_of(self, message: Message) -> int | None:
+        """The request that a message claims to answer; None if it is no answer."""
+        if message.topic == self._reply_topic:
+            data = message.properties.correlation_data
+            return int.from_bytes(data, "big") if data is not None and len(data) == 8 else -1
+        head, found, number = message.topic.rpartition(f"/result/{self.client_id}/")
+        if not found or not head.startswith(self._root):
+            return None
+        return int(number) if number.isascii() and number.isdigit() else -1
+
+    def _on_answer(self, key: int, message: Message, now: float) -> None:
+        request = self._pending.answered(key)
+        if request is None:
+            return
+        job = self._jobs[request]
+        try:
+            answer = _read_answer(message, job.model, request.device or "")
+        except (QueueFull, Unavailable) as error:
+            self._pending.put_off(request, error, now)
+        except EdgeSdkError as error:
+            self._end(Fail(request, error))
+        else:
+            del self._jobs[request]
+            self._answers += 1
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_result(answer)
+
+    def _end(self, fail: Fail) -> None:
+        job = self._jobs.pop(fail.request, None)
+        if job is not None:
+            self._errors += 1
+            _set_exception(job.future, fail.error)
+
+
+def _set_exception(future: Future[Answer], error: EdgeSdkError) -> None:
+    if future.set_running_or_notify_cancel():
+        future.set_exception(error)
+
+
+def _encoder(data: Data) -> Callable[[MqttVersion], Body]:
+    """How `data` is said in each version of MQTT. Raises DataError for what cannot be said."""
+    if isinstance(data, np.ndarray):
+        array = data
+        if array.dtype.kind in "OSU":
+            raise DataError("An array of strings or objects has no raw form.", fix="Give {input name: array}.")
+        return lambda _version: Body(encode_npy(array), NPY)
+    if isinstance(data, Mapping):
+        feeds = {str(name): np.asarray(array) for name, array in data.items()}
+
+        def encode(version: MqttVersion) -> Body:
+            if version == 5:
+                return encode_request(feeds)
+            # 3.1.1 has no property to say where a binary body's header ends.
+            (first, *others) = feeds.values()
+            return encode_json_request(feeds) if others or first.dtype.kind in "OSU" else Body(encode_npy(first), NPY)
+
+        if not feeds:
+            raise DataError("There is no input in {}.", fix="Give {input name: array}.")
+        return encode
+    if isinstance(data, (str, os.PathLike)):
+        path = Path(data)
+        try:
+            data = path.read_bytes()
+        except OSError as err:
+            raise DataError(f"The input {path} cannot be read: {err.strerror}.") from err
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise DataError(
+            f"A {type(data).__name__} is not something a model can be asked about.",
+            fix="Give bytes, the path of a file, an array, or {input name: array}.",
+        )
+    body = Body(bytes(data), _sniff(data))
+    return lambda _version: body
+
+
+def _sniff(data: bytes | bytearray | memoryview) -> str:
+    """The content type that the first bytes show; a raw tensor shows none."""
+    head = bytes(data[:64])
+    for magic, content_type in _SNIFFED:
+        if head.startswith(magic):
+            return content_type
+    return JSON if head.lstrip().startswith(b"{") else BINARY
+
+
+def _read_answer(message: Message, model: str, device: str) -> Answer:
+    """The Answer in a message; raises the RequestError that it holds instead."""
+    properties = message.properties
+    user = dict(properties.user)
+    status = _number(user.get("status"), 0)
+    content_type = properties.content_type or _sniff(message.payload)
+    if status >= 400 or (not status and message.payload.startswith(b'{"error"')):
+        raise _read_error(message.payload, status, user.get("retry-after"))
+    outputs: dict[str, Array] = {}
+    predictions: tuple[Prediction, ...] = ()
+    version = user.get("model-version", "")
+    if content_type in (JSON, BINARY):
+        header_length = _number(user.get(HEADER_LENGTH), 0) or None
+        try:
+            response = decode_response(message.payload, header_length)
+            predictions = tuple(
+                Prediction(str(each.get("label", "")), int(each["index"]), float(each["score"]))
+                for each in response.extra.get("predictions", ())
+            )
+        except (RequestError, KeyError, TypeError, ValueError, AttributeError) as err:
+            raise NoAnswer(f"The answer for model {model!r} cannot be read: {err}.") from err
+        outputs, version = response.outputs, response.model_version or version
+    return Answer(
+        outputs=outputs,
+        predictions=predictions,
+        model=model,
+        model_version=version,
+        device=user.get("device", device),
+        timing=_timing(user.get("server-timing", "")),
+        content_type=content_type,
+        raw=message.payload,
+        status=status or 200,
+    )
+
+
+def _read_error(payload: bytes, status: int, retry_after: str | None) -> EdgeSdkError:
+    try:
+        body = json.loads(payload)
+        text, code = str(body["error"]), str(body.get("code", ""))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return Malformed(f"The device answered with status {status} and a body that is no error: {payload[:80]!r}.")
+    wait = retry_after if retry_after is not None else body.get("retry_after_ms")
+    retry_after_ms = _number(str(wait), -1) if wait is not None else -1
+    return request_error(code, text, retry_after_ms if retry_after_ms >= 0 else None)
+
+
+def _timing(text: str) -> dict[str, float]:
+    """`queue;dur=1.2, infer;dur=5.8` as milliseconds by name; what does not look like that is left out."""
+    timing: dict[str, float] = {}
+    for entry in text.split(","):
+        name, _, duration = entry.partition(";dur=")
+        try:
+            timing[name.strip()] = float(duration)
+        except ValueError:
+            continue
+    return timing
+
+
+def _number(text: str | None, otherwise: int) -> int:
+    return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 16 else otherwise

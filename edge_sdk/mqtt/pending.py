@@ -1,0 +1,343 @@
+"""What the client library decides, without a socket or a clock: when to send, to send again, to wait, to give up.
+
+    request = pending.add(device, model, deadline=now + 30, now=now)
+    for action in pending.due(now):                 # Send or Fail
+        ...
+    sleep until pending.next_moment() or something happens, and tell: acknowledged, answered, put_off, heard, ...
+
+PUBACK is not delivery: a broker may acknowledge a request and lose it, a daemon may be killed with it. So a request is
+sent again, under the same key, when its answer takes suspiciously long and after every reconnect; a device recognises
+the key and computes once. What came twice is dropped here, so the caller sees one answer.
+
+Nobody listening is worth knowing early. MQTT 5 says it in the PUBACK; otherwise the device's retained availability
+does. A device this client has never seen is given up after SETTLE_S; one that it saw may be restarting, and is waited
+for.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import random
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Union
+
+from edge_sdk.errors import EdgeSdkError, NoAnswer, RequestError
+
+FIRST_RESEND_S = 3.0
+FIRST_LOOK_S = 2.0
+"""When a new request is first looked at again: before a resend can be due, and soon enough to be forgotten soon."""
+LONGEST_RESEND_S = 15.0
+SETTLE_S = 0.4
+"""How long retained messages may take to arrive after the subscription; also the patience with an unknown device."""
+LISTEN_AGAIN_S = 0.2
+"""The pause before asking again whether anybody listens."""
+RETRY_S = 0.05
+"""The first pause after `queue_full` and the like, when the device names none; it doubles."""
+REMEMBERED = 8_192
+"""Keys of answered requests, to tell a duplicate from a stranger's message."""
+
+NO_SUBSCRIBERS = 0x10
+QUOTA_EXCEEDED = 0x97
+
+
+@dataclass(eq=False)
+class PendingRequest:
+    """One request that has no answer yet."""
+
+    key: int
+    """Its id on the wire."""
+    model: str
+    device: str | None
+    """None: the only device that is online, once that is known."""
+    deadline: float
+    state: Literal["waiting", "sent", "accepted"] = "waiting"
+    sends: int = 0
+    put_offs: int = 0
+    next_at: float = math.inf
+    timer_at: float = math.inf
+    unheard_since: float | None = None
+    error: RequestError | None = None
+    """The last answer that said: not now."""
+
+
+@dataclass(frozen=True)
+class Send:
+    """Publish the request, and tell `sent` its handle."""
+
+    request: PendingRequest
+
+
+@dataclass(frozen=True)
+class Fail:
+    """The caller gets `error`; the request is forgotten."""
+
+    request: PendingRequest
+    error: EdgeSdkError
+
+
+Action = Union[Send, Fail]
+
+
+@dataclass
+class DeviceState:
+    """What retained availability says of one device; `online` None: nothing on this connection."""
+
+    online: bool | None = None
+    was_online: bool = False
+
+
+@dataclass
+class PendingRequests:
+    """The table of requests without an answer.
+
+    `wait_for_device_s` is the patience with a device that was online before; `knows_listeners`: whether PUBACK says
+    that nobody listens (MQTT 5).
+    """
+
+    wait_for_device_s: float = 10.0
+    chance: Callable[[], float] = random.random
+    knows_listeners: bool = True
+    devices: dict[str, DeviceState] = field(default_factory=dict)
+
+    duplicates: int = 0
+    late: int = 0
+
+    _requests: dict[int, PendingRequest] = field(default_factory=dict)
+    _ready: deque[PendingRequest] = field(default_factory=deque)
+    _timers: list[tuple[float, int, PendingRequest]] = field(default_factory=list)
+    _order: Iterator[int] = field(default_factory=itertools.count)
+    _in_flight: dict[int, PendingRequest] = field(default_factory=dict)
+    _answered: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    _failed: list[Fail] = field(default_factory=list)
+    _last_key: int = 0
+    _window: int = 0
+    _settled_at: float = math.inf
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    # -------------------------------------------------------------------------------------------------- what happens
+
+    def add(self, device: str | None, model: str, *, deadline: float, now: float) -> PendingRequest:
+        """A new request, to be sent as soon as possible."""
+        request = PendingRequest(self._new_key(), model, device, deadline)
+        self._requests[request.key] = request
+        self._push_timer(request, min(deadline, now + FIRST_LOOK_S))
+        self._make_ready(request)
+        return request
+
+    def connected(self, window: int) -> None:
+        """Answers can arrive: everything without one is sent (again), at most `window` unacknowledged at a time."""
+        self._window = window
+        for request in self._requests.values():
+            if request.state != "waiting":
+                self._make_ready(request)
+
+    def disconnected(self) -> None:
+        """Nothing that was sent can be relied on; what the devices' availability was, neither."""
+        self._window = 0
+        self._in_flight.clear()
+        self._settled_at = math.inf
+        for state in self.devices.values():
+            state.online = None
+
+    def subscribed_to_availability(self, now: float) -> None:
+        self._settled_at = now + SETTLE_S
+
+    def heard(self, device: str, online: bool) -> None:
+        """The availability of a device, retained or fresh."""
+        state = self.devices.setdefault(device, DeviceState())
+        state.online = online
+        if online:
+            state.was_online = True
+            for request in self._requests.values():
+                if (
+                    request.state == "waiting"
+                    and request.unheard_since is not None
+                    and request.device in (None, device)
+                ):
+                    self._make_ready(request)
+
+    def sent(self, request: PendingRequest, handle: int) -> None:
+        request.sends += 1
+        request.state = "sent"
+        self._in_flight[handle] = request
+        self._set_timer(request, request.deadline)
+
+    def acknowledged(self, handle: int, code: int, now: float) -> None:
+        """The broker took a request, or said why not. Handles that are not ours are ignored."""
+        request = self._in_flight.pop(handle, None)
+        if request is None or request.key not in self._requests or request.state != "sent":
+            return
+        if code == NO_SUBSCRIBERS:
+            self._unheard(request, now)
+        elif code == QUOTA_EXCEEDED:
+            self._wait(request, now + self._jitter(1.0))
+        elif code >= 0x80:
+            self._fail(request, NoAnswer(
+                f"The broker refused the request for model {request.model!r} with reason code 0x{code:02x}.",
+                fix="Allow this client to publish to the device's topics.",
+            ))  # fmt: skip
+        else:
+            request.state = "accepted"
+            request.unheard_since = None
+            pause_s = min(LONGEST_RESEND_S, FIRST_RESEND_S * 2 ** (request.sends - 1))
+            self._set_timer(request, now + self._jitter(pause_s))
+
+    def answered(self, key: int) -> PendingRequest | None:
+        """The request that an answer is for; None if it was answered before, is given up, or was never ours."""
+        request = self._requests.get(key)
+        if request is None:
+            if key in self._answered:
+                self.duplicates += 1
+            else:
+                self.late += 1
+            return None
+        self._forget(request)
+        self._answered[key] = None
+        if len(self._answered) > REMEMBERED:
+            self._answered.popitem(last=False)
+        return request
+
+    def put_off(self, request: PendingRequest, error: RequestError, now: float) -> None:
+        """The answer was: not now. That ended the request on the wire; it comes back as a new one, under a new key."""
+        request.error = error
+        request.key = self._new_key()
+        self._requests[request.key] = request
+        pause_s = error.retry_after_ms / 1000 if error.retry_after_ms else RETRY_S * 2 ** min(request.put_offs, 5)
+        request.put_offs += 1
+        self._wait(request, now + pause_s + self._jitter(pause_s / 4))
+
+    def cancel(self, request: PendingRequest) -> None:
+        self._forget(request)
+
+    def fail_all(self, error: EdgeSdkError) -> list[Fail]:
+        """Give up everything."""
+        failed = [Fail(request, error) for request in self._requests.values()]
+        self._requests.clear()
+        return failed
+
+    # ---------------------------------------------------------------------------------------------- what is to be done
+
+    def due(self, now: float) -> Iterator[Action]:
+        """What to do now; after each Send comes its `sent` (or `cancel`), before the next is asked for."""
+        while self._timers and self._timers[0][0] <= now:
+            at, _, request = heapq.heappop(self._timers)
+            if request.timer_at != at or self._requests.get(request.key) is not request:
+                continue
+            request.timer_at = math.inf
+            if request.next_at > now:
+                self._push_timer(request, request.next_at)
+            elif now >= request.deadline:
+                self._fail(request, self._too_late(request))
+            else:
+                self._make_ready(request)
+        while self._ready and len(self._in_flight) < self._window:
+            request = self._ready.popleft()
+            if self._requests.get(request.key) is request and request.state == "waiting" and self._may_go(request, now):
+                yield Send(request)
+        failed, self._failed = self._failed, []
+        yield from failed
+
+    def next_moment(self) -> float:
+        """When `due` has something to do, if nothing happens before."""
+        return self._timers[0][0] if self._timers else math.inf
+
+    # ------------------------------------------------------------------------------------------------------- by itself
+
+    def _may_go(self, request: PendingRequest, now: float) -> bool:
+        """Whether somebody is there to take the request; if not, it waits or has failed."""
+        if request.device is None and not self._choose_device(request, now):
+            return False
+        state = self.devices.get(request.device or "", DeviceState())
+        if state.online or (state.online is None and self.knows_listeners):
+            return True
+        if state.online is None and now < self._settled_at:
+            self._wait(request, min(self._settled_at, now + SETTLE_S))
+        else:
+            self._unheard(request, now)
+        return False
+
+    def _choose_device(self, request: PendingRequest, now: float) -> bool:
+        if now < self._settled_at:
+            self._wait(request, min(self._settled_at, now + SETTLE_S))
+            return False
+        online = sorted(name for name, state in self.devices.items() if state.online)
+        if len(online) == 1:
+            request.device = online[0]
+            return True
+        if online:
+            self._fail(request, NoAnswer(
+                f"{len(online)} devices are online: {', '.join(online[:10])}{', ...' if len(online) > 10 else ''}.",
+                fix="Say which one is meant: Client(..., device=...) or infer(..., device=...).",
+            ))  # fmt: skip
+        else:
+            self._unheard(request, now)
+        return False
+
+    def _unheard(self, request: PendingRequest, now: float) -> None:
+        """Nobody listens. For how long has that been so, and how long may it be?"""
+        if request.unheard_since is None:
+            request.unheard_since = now
+        states = [self.devices.get(request.device, DeviceState())] if request.device else list(self.devices.values())
+        patience_s = self.wait_for_device_s if any(state.was_online for state in states) else SETTLE_S
+        if now < request.unheard_since + patience_s:
+            self._wait(request, now + LISTEN_AGAIN_S)
+            return
+        who = f"Device {request.device!r}" if request.device else "No device"
+        is_offline = request.device and states[0].online is False
+        what = "is offline" if is_offline else "is not listening" if request.device else "is online"
+        self._fail(request, NoAnswer(
+            f"{who} {what}: nobody answers for model {request.model!r}.",
+            fix="Start its daemon (edge-sdk serve), or check the device's name, the broker and the topic root.",
+        ))  # fmt: skip
+
+    def _too_late(self, request: PendingRequest) -> EdgeSdkError:
+        if request.error is not None:
+            return request.error
+        about = f"the request for model {request.model!r}" + (
+            f" on device {request.device!r}" if request.device else ""
+        )
+        if not request.sends:
+            return NoAnswer(f"The deadline passed before {about} could be sent: there was no connection to the broker.")
+        if request.state == "accepted":
+            again = "once" if request.sends == 1 else f"{request.sends} times"
+            return NoAnswer(f"No answer to {about} by its deadline; the broker took it {again}.")
+        return NoAnswer(f"The deadline passed before the broker took {about}.")
+
+    def _make_ready(self, request: PendingRequest) -> None:
+        request.state = "waiting"
+        self._set_timer(request, request.deadline)
+        self._ready.append(request)
+
+    def _wait(self, request: PendingRequest, until: float) -> None:
+        request.state = "waiting"
+        self._set_timer(request, until)
+
+    def _set_timer(self, request: PendingRequest, at: float) -> None:
+        """Look at the request again then. A timer that fires too early is wound up anew, a later one is put before."""
+        request.next_at = min(at, request.deadline)
+        if request.next_at < request.timer_at:
+            self._push_timer(request, request.next_at)
+
+    def _push_timer(self, request: PendingRequest, at: float) -> None:
+        request.timer_at = at
+        heapq.heappush(self._timers, (at, next(self._order), request))
+
+    def _fail(self, request: PendingRequest, error: EdgeSdkError) -> None:
+        self._forget(request)
+        self._failed.append(Fail(request, error))
+
+    def _forget(self, request: PendingRequest) -> None:
+        self._requests.pop(request.key, None)
+
+    def _new_key(self) -> int:
+        self._last_key += 1
+        return self._last_key
+
+    def _jitter(self, pause_s: float) -> float:
+        return pause_s * (0.75 + 0.5 * self.chance())
