@@ -33,6 +33,8 @@ BINS = 8192
 """The largest value seen lies in the outer half, so a range is known to 1/2048 of itself or better."""
 PERCENTILE = 99.999
 """How much of a tensor's values `percentile` keeps inside the range."""
+_SMALLEST_REACH = 1e-30
+"""Below it the width of a bin is no normal FP32 number, and the values are zero to any purpose."""
 _CLIPS = np.linspace(1.0, 0.2, 81)
 """The fractions of the full range that `mse` tries."""
 
@@ -89,7 +91,7 @@ class Histogram:
             return
         if self.reach == 0.0:
             # All that was counted so far is zeros, and they stay in the bin where zero is.
-            self.reach = magnitude
+            self.reach = max(magnitude, _SMALLEST_REACH)
             return
         while self.reach < magnitude:
             merged = self.counts.reshape(-1, 2).sum(axis=1)

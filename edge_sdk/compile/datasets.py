@@ -68,17 +68,28 @@ class Samples(ABC):
         self.source = source
         self._reader = reader
         self._indices = tuple(indices)
+        self._labels_count = True
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __iter__(self) -> Iterator[Sample]:
         for name, content, label in self._contents(self._indices):
-            yield Sample(name, self._feeds(name, content), label)
+            yield Sample(name, self._feeds(name, content), label if self._labels_count else None)
 
     @property
     def is_labelled(self) -> bool:
         """Whether every sample has a label: they all do or none does, which `open_samples` sees to."""
+        return self._labels_count and self._has_labels()
+
+    def without_labels(self) -> Samples:
+        """The same samples, whatever looks like a label ignored: calibration data needs none, and its file names may
+        be numbers that mean something else."""
+        other = self._taking(self._indices)
+        other._labels_count = False
+        return other
+
+    def _has_labels(self) -> bool:
         return False
 
     def spread(self, count: int) -> Samples:
@@ -159,8 +170,7 @@ class _ImageFolder(Samples):
         self._files = files
         self._labels = _image_labels(folder, files, reader.labels)
 
-    @property
-    def is_labelled(self) -> bool:
+    def _has_labels(self) -> bool:
         return self._labels is not None
 
     def _contents(self, indices: Sequence[int]) -> Iterator[tuple[str, bytes | Feeds, int | None]]:
@@ -260,8 +270,7 @@ class _ArrayFile(Samples):
         if not len(self):
             raise DataError(f"{file} holds no samples: its arrays are empty.")
 
-    @property
-    def is_labelled(self) -> bool:
+    def _has_labels(self) -> bool:
         return self._labels is not None
 
     def _contents(self, indices: Sequence[int]) -> Iterator[tuple[str, bytes | Feeds, int | None]]:

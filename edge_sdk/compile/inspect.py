@@ -236,10 +236,11 @@ def _read_plain_file(path: Path) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as exc:
         raise ModelError(f"The model {path} cannot be read: {exc.strerror or exc}.") from exc
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise ModelError(f"The model {path} is not a regular file.", fix="Give the .onnx file itself.")
     with os.fdopen(descriptor, "rb") as stream:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ModelError(f"The model {path} is not a regular file.", fix="Give the .onnx file itself.")
         if status.st_size == 0:
             raise ModelError(f"The model {path} is empty.", fix="Export or download it again.")
         if status.st_size > MAX_BYTES:
@@ -343,10 +344,11 @@ def _read_external(folder: int, tensor: str, where: dict[str, str], size: int) -
     except OSError as exc:
         reason = "it is a symbolic link" if exc.errno == errno.ELOOP else exc.strerror or str(exc)
         raise _refused(tensor, location, reason) from exc
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise _refused(tensor, location, "it is not a regular file")
     with os.fdopen(descriptor, "rb") as stream:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise _refused(tensor, location, "it is not a regular file")
         if status.st_nlink > 1:
             raise _refused(tensor, location, "it is a hard link, so it may be another's file")
         if length != size:

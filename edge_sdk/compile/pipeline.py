@@ -404,7 +404,7 @@ def _calibration_samples(spec: EngineSpec, reader: Reader) -> tuple[Samples | No
         return None, None
     wanted = spec.calibration.samples
     held_out = max(_MIN_HELD_OUT, wanted // 4)
-    everything = open_samples(spec.calibration.data, reader, limit=wanted + held_out)
+    everything = open_samples(spec.calibration.data, reader, limit=wanted + held_out).without_labels()
     chosen = everything.spread(wanted)
     rest = everything.without(chosen)
     if len(rest) >= _MIN_HELD_OUT:

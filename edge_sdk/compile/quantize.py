@@ -63,8 +63,10 @@ class Placement:
     """The tensors that get a Q/DQ pair, in the order of the graph."""
     observed: tuple[str, ...]
     """Those of them that depend on the data, so that their ranges must be observed. The others are constants."""
-    same_range: tuple[tuple[str, str], ...]
-    """Pairs of activations that must share one range."""
+    moved: tuple[tuple[str, str], ...]
+    """Pairs of activations of which one is the other's values in another order or shape."""
+    joined: tuple[tuple[str, str], ...]
+    """Pairs of which one is a part of the other."""
 
     def __bool__(self) -> bool:
         return bool(self.weighted)
@@ -94,7 +96,8 @@ def place(model: ModelProto, scheme: Quantization) -> Placement:
     followers = _followers(graph, weighted)
     region = weighted | followers
     activations: dict[str, None] = {}
-    same_range = []
+    moved: list[tuple[str, str]] = []
+    joined: list[tuple[str, str]] = []
     for node in graph.nodes:
         if node.output[0] not in region:
             continue
@@ -103,14 +106,16 @@ def place(model: ModelProto, scheme: Quantization) -> Placement:
             activations.update(dict.fromkeys(graph.bounded(name) for name in node.output if name))
     for node in graph.nodes:
         if node.output[0] in followers and node.op_type in _SAME_RANGE:
-            tensors = [name for name in (*graph.data_inputs(node), *node.output) if name in activations]
-            same_range += [(tensors[0], other) for other in tensors[1:]]
+            tensors = [name for name in (*node.output, *graph.data_inputs(node)) if name in activations]
+            pairs = joined if node.op_type == "Concat" else moved
+            pairs += [(tensors[0], other) for other in tensors[1:]]
     return Placement(
         weighted=frozenset(weighted),
         followers=frozenset(followers),
         activations=tuple(activations),
         observed=tuple(name for name in activations if name not in graph.weights),
-        same_range=tuple(same_range),
+        moved=tuple(moved),
+        joined=tuple(joined),
     )
 
 
@@ -160,14 +165,21 @@ def _positive(scale: float) -> Array:
 
 
 def _shared(placement: Placement, ranges: Mapping[str, Range]) -> dict[str, Range]:
-    """`ranges`, with those that must be one made one."""
+    """`ranges`, with those made one that are better one.
+
+    The parts of a Concat share a range unless only some of them are negative: a tensor behind a Relu that got a
+    negative half could no longer imply the Relu, and onnxruntime would compute its convolution in FP32.
+    """
     shared = dict(ranges)
-    for _ in placement.same_range:  # a chain of n pairs is settled after at most n rounds
-        before = dict(shared)
-        for one, other in placement.same_range:
-            shared[one] = shared[other] = shared[one].union(shared[other])
-        if shared == before:
-            break
+    changed = True
+    while changed:  # ranges only widen, to at most the widest there is
+        changed = False
+        for one, other in (*placement.moved, *placement.joined):
+            if (one, other) in placement.joined and (shared[one].low < 0) != (shared[other].low < 0):
+                continue
+            union = shared[one].union(shared[other])
+            changed = changed or (shared[one], shared[other]) != (union, union)
+            shared[one] = shared[other] = union
     return shared
 
 

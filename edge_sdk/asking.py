@@ -1,0 +1,122 @@
+"""Asking a model from the command line: a package in this process, or a device over MQTT, with the same result.
+
+A local package is asked through the very task and worker that the daemon uses, so what is seen here is what a client
+of the daemon would get.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edge_sdk import console
+from edge_sdk.bench import BenchResult, drive, in_process, zeros
+from edge_sdk.package import EnginePackage
+from edge_sdk.tasks.base import Payload
+from edge_sdk.tasks.oip import OipResponse, decode_response, encode_request, to_list
+from edge_sdk.tensors import DTYPE_FROM_OIP, OIP_FROM_DTYPE, Array, TensorSpec, dtype_name
+
+DEFAULT_BROKER = "mqtt://localhost:1883"
+_SHOWN = 8
+"""Elements of a tensor that are shown to a person."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer, whoever gave it."""
+
+    model: str
+    version: str
+    outputs: dict[str, Array]
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+    device: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        described: dict[str, Any] = {"model_name": self.model, "model_version": self.version}
+        if self.device is not None:
+            described["device"] = self.device
+        if self.predictions:
+            described["predictions"] = self.predictions
+        described["outputs"] = [
+            {
+                "name": name,
+                "datatype": OIP_FROM_DTYPE[dtype_name(array)],
+                "shape": list(array.shape),
+                "data": to_list(name, array),
+            }
+            for name, array in self.outputs.items()
+        ]
+        return described
+
+    def text(self) -> str:
+        """For a person: labels and how sure the model is, or the beginning of each tensor."""
+        if self.predictions:
+            rows = [("label", "score", "class")]
+            rows += [(p["label"], f"{100 * p['score']:.1f} %", str(p["index"])) for p in self.predictions]
+            return console.table(rows)
+        lines = []
+        for name, array in self.outputs.items():
+            values = to_list(name, array)
+            shown = ", ".join(f"{value:.6g}" if isinstance(value, float) else str(value) for value in values[:_SHOWN])
+            more = f", ... ({len(values)} in all)" if len(values) > _SHOWN else ""
+            lines.append(f"{name}: {dtype_name(array)}{list(array.shape)} = {shown}{more}")
+        return "\n".join(lines)
+
+
+def ask_package(package: Path, data: bytes, *, timeout_s: float) -> Answered:
+    """The answer of the package in that directory to a payload whose type its bytes tell; raises RequestErrors."""
+    opened = EnginePackage.open(package)
+    with in_process(opened) as submit:
+        body = submit(Payload(data)).result(timeout_s)
+    response: OipResponse = decode_response(body.data, body.header_length)
+    predictions = response.extra.get("predictions", [])
+    return Answered(opened.name, opened.version, response.outputs, predictions)
+
+
+def ask_device(model: str, data: bytes, *, broker: str | None, device: str | None, timeout_s: float) -> Answered:
+    """The answer of a device; raises RequestErrors for its errors, NoAnswer, BrokerError."""
+    from edge_sdk.mqtt.client import Client
+
+    with Client(broker or DEFAULT_BROKER, device=device, timeout_s=timeout_s) as client:
+        answer = client.infer(model, data)
+    predictions = [asdict(prediction) for prediction in answer.predictions]
+    return Answered(model, answer.model_version, answer.outputs, predictions, answer.device)
+
+
+def bench_package(package: Path, data: bytes | None, *, concurrency: int, seconds: float) -> BenchResult:
+    """A package in this process; without `data`, zeros are sent."""
+    opened = EnginePackage.open(package)
+    if data is not None:
+        payload = Payload(data)
+    else:
+        body = encode_request(zeros(opened.manifest.inputs))
+        payload = Payload(body.data, body.content_type, body.header_length)
+    with in_process(opened) as submit:
+        return drive(lambda: submit(payload), concurrency=concurrency, seconds=seconds)
+
+
+def bench_device(
+    model: str, data: bytes | None, *, broker: str, device: str | None, concurrency: int, seconds: float
+) -> BenchResult:
+    """A model over MQTT; without `data`, zeros of the shape that the model's metadata gives."""
+    from edge_sdk.mqtt.client import Client
+
+    with Client(broker, device=device) as client:
+        payload: Any = data
+        if payload is None:
+            payload = zeros(_inputs(client.metadata(model)))
+
+        def submit() -> Future[Any]:
+            return client.submit(model, payload)
+
+        return drive(submit, concurrency=concurrency, seconds=seconds)
+
+
+def _inputs(metadata: dict[str, Any]) -> tuple[TensorSpec, ...]:
+    """The inputs in a model's retained metadata."""
+    return tuple(
+        TensorSpec(t["name"], DTYPE_FROM_OIP[t["datatype"]], tuple(axis if axis >= 0 else "?" for axis in t["shape"]))
+        for t in metadata.get("inputs", [])
+    )

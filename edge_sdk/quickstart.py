@@ -1,0 +1,187 @@
+"""`edge-sdk quickstart`: the whole journey on this machine, in a minute, with nothing left running.
+
+    broker -> build the bundled digits engine -> daemon in a process of its own -> ask it over MQTT -> figures
+
+It is right if every held-out picture was answered over MQTT, each exactly as the package answers in this process, and
+INT8 lost no more than the spec allows. The package stays (in the cache folder), for the commands to try next.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_sdk import console, resources
+from edge_sdk.bench import BenchResult, drive, in_process
+from edge_sdk.compile.pipeline import build
+from edge_sdk.errors import BackendError, NoAnswer
+from edge_sdk.mqtt.broker import start_broker
+from edge_sdk.mqtt.client import Client
+from edge_sdk.package import EnginePackage, Measurements
+from edge_sdk.spec import EngineSpec, load_spec
+from edge_sdk.tasks.base import Payload
+from edge_sdk.tasks.oip import decode_response
+
+DEVICE = "quickstart"
+CONCURRENCY = 8
+_START_LIMIT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What quickstart found."""
+
+    package: str
+    measured: Measurements
+    asked: int
+    right_percent: float
+    same_as_local: int
+    throughput: BenchResult
+    broker: str
+    verdict: str
+    """Empty if everything was right."""
+
+    @property
+    def right(self) -> bool:
+        return not self.verdict
+
+    def to_dict(self) -> dict[str, Any]:
+        described = asdict(self)
+        described["measured"] = self.measured.model_dump(mode="json", exclude_none=True)
+        return {**described, "right": self.right}
+
+    def text(self) -> str:
+        reference, engine = self.measured.reference, self.measured.engine
+        rows = [
+            ("digits", "FP32", "INT8"),
+            ("accuracy", console.percent(reference.top1_percent), console.percent(engine.top1_percent)),
+            ("size", console.size(reference.bytes), console.size(engine.bytes)),
+            ("latency, batch 1", console.milliseconds(reference.latency_ms), console.milliseconds(engine.latency_ms)),
+        ]
+        t = self.throughput
+        return (
+            f"\n{console.table(rows)}\n\n"
+            f"Over MQTT ({self.broker}): {self.asked} held-out pictures answered, {self.right_percent:.2f} % right;\n"
+            f"{t.per_second:,.0f} requests/s with {t.concurrency} in flight, p50 {t.p50_ms:.2f} ms, "
+            f"p99 {t.p99_ms:.2f} ms.\n\n"
+            "Try next:\n"
+            f"  edge-sdk infer --local {self.package} --input {_a_picture()}\n"
+            f"  edge-sdk inspect {self.package}\n"
+            f"  edge-sdk serve --engines {Path(self.package).parent} --broker mqtt://localhost:1883"
+        )
+
+
+def run(*, broker: str | None, seconds: float, say: Callable[[str], None], quiet: bool) -> Report:
+    """Do all of it. Raises EdgeSdkError where a part cannot be done; whatever was started is stopped."""
+    with ExitStack() as stack:
+        if broker is None:
+            started = stack.enter_context(start_broker())
+            kind: str
+            broker, kind = started.url, f"{started.kind} on loopback"
+        else:
+            kind = broker
+        say(f"Broker: {kind}, {broker}")
+        spec = load_spec(resources.EXAMPLES / "digits")
+        package = _built(spec, quiet)
+        say(f"Package: {package.path}")
+        log = package.path.parent / "daemon.log"
+        daemon = stack.enter_context(_daemon(package.path.parent, broker, log))
+        with Client(broker, device=DEVICE) as client:
+            _wait_until_ready(client, package.name, daemon, log)
+            say("Daemon: ready; asking it over MQTT")
+            return _asked(client, package, spec, kind, seconds)
+
+
+def _built(spec: EngineSpec, quiet: bool) -> EnginePackage:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    with console.Progress(quiet=quiet) as progress:
+        output = cache / "edge-sdk" / "quickstart" / spec.name
+        return build(spec, precision="int8", output=output, force=True, progress=progress).package
+
+
+@contextmanager
+def _daemon(engines: Path, broker: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """The real daemon, as a process that ends with this block; what it says goes to `log`."""
+    command = [sys.executable, "-m", "edge_sdk", "serve", "--engines", str(engines), "--broker", broker]
+    with log.open("wb") as stderr:
+        process = subprocess.Popen([*command, "--device", DEVICE], stderr=stderr, stdin=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_until_ready(client: Client, model: str, daemon: subprocess.Popen[bytes], log: Path) -> None:
+    give_up_at = time.monotonic() + _START_LIMIT_S
+    while time.monotonic() < give_up_at and daemon.poll() is None:
+        try:
+            if client.metadata(model)["state"] == "READY":
+                return
+        except NoAnswer:
+            pass  # it has not said anything yet
+        time.sleep(0.05)
+    raise BackendError(
+        f"The daemon did not become ready within {_START_LIMIT_S:.0f} s. It said: {log.read_text()[-500:].strip()}",
+        fix="`edge-sdk doctor` looks for what is missing.",
+    )
+
+
+def _asked(client: Client, package: EnginePackage, spec: EngineSpec, kind: str, seconds: float) -> Report:
+    assert spec.validation is not None
+    pictures = sorted(Path(spec.validation.data).rglob("*.png"))
+    contents = [picture.read_bytes() for picture in pictures]
+    answers = [future.result() for future in [client.submit(package.name, data) for data in contents]]
+    given = [answer.predictions[0].label for answer in answers]
+    expected = _local_labels(package, contents)
+    right = sum(label == picture.parent.name for label, picture in zip(given, pictures))
+    same = sum(one == other for one, other in zip(given, expected))
+    sample = contents[0]
+    throughput = drive(lambda: client.submit(package.name, sample), concurrency=CONCURRENCY, seconds=seconds)
+    measured = package.manifest.measurements
+    assert measured is not None
+    report = Report(
+        package=str(package.path),
+        measured=measured,
+        asked=len(answers),
+        right_percent=100 * right / len(pictures),
+        same_as_local=same,
+        throughput=throughput,
+        broker=kind,
+        verdict="",
+    )
+    return Report(**{**report.__dict__, "verdict": _verdict(report, spec.validation.max_drop)})
+
+
+def _verdict(report: Report, max_drop: float) -> str:
+    """What is wrong, or nothing."""
+    if report.same_as_local != report.asked:
+        wrong = report.asked - report.same_as_local
+        return f"{wrong} of {report.asked} answers over MQTT differ from what the package answers in this process."
+    lost = (report.measured.reference.top1_percent or 0.0) - report.right_percent
+    if lost > max_drop:
+        return f"INT8 loses {lost:.2f} points of accuracy against FP32; the spec allows {max_drop}."
+    if report.throughput.errors:
+        return f"{report.throughput.errors} requests failed under load: {report.throughput.first_error}"
+    return ""
+
+
+def _local_labels(package: EnginePackage, contents: list[bytes]) -> list[str]:
+    with in_process(package) as submit:
+        bodies = [submit(Payload(data)).result() for data in contents]
+    return [decode_response(body.data).extra["predictions"][0]["label"] for body in bodies]
+
+
+def _a_picture() -> Path:
+    return min((resources.EXAMPLES / "digits" / "heldout" / "7").glob("*.png"))

@@ -1,0 +1,245 @@
+"""A build gives a package or raises; it decides on evidence, does nothing twice, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import edge_sdk
+from edge_sdk.compile.pipeline import build, build_engine
+from edge_sdk.compile.verify import evaluate
+from edge_sdk.errors import DataError, EdgeSdkError, ModelError, PackageError, ProfileError, SpecError
+from edge_sdk.package import EnginePackage
+from edge_sdk.profiles import DeviceProfile
+from tests.compile.graphs import conv_net, pictures
+
+
+def _edit(folder: Path, old: str, new: str) -> None:
+    file = folder / "engine.toml"
+    file.write_text(file.read_text().replace(old, new))
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_int8_package_is_whole(engine_folder: Path, cpu: DeviceProfile) -> None:
+    """The package says where it came from, what it measured and what was decided; its files are what it says."""
+    package = build_engine(engine_folder, profile=cpu, precision="int8")
+    manifest = package.manifest
+    package.verify()
+
+    assert engine_folder / "build" / "cpu-x86" == package.path
+    assert {"graph.onnx", "report.json", "report.md"} == set(manifest.files)
+    assert "int8" == manifest.precision
+    assert manifest.calibration is not None
+    assert 48 == manifest.calibration.samples
+    assert manifest.measurements is not None
+    assert 64 == manifest.measurements.samples
+    assert (manifest.measurements.snr_db or 0) > 15
+    assert manifest.measurements.decision.startswith("INT8, as asked: ")
+    assert "onnxruntime" in manifest.tools
+    assert "logits" == manifest.postprocess.scores
+    assert 8 == manifest.batching.max_batch
+    assert json.loads(package.read("report.json"))["model"]["opsets"] == {"": 17}
+    assert manifest.measurements.decision in package.read("report.md").decode()
+
+
+def test_package_loads_and_answers(engine_folder: Path, cpu: DeviceProfile) -> None:
+    """What was built is what runs, batched or not."""
+    package = build_engine(engine_folder, profile=cpu, precision="fp32")
+    with edge_sdk.load_engine(package) as engine:
+        assert (3, 10) == engine.infer({"image": pictures(3)})["scores"].shape
+
+
+def test_unchanged_build_does_nothing(engine_folder: Path, cpu: DeviceProfile) -> None:
+    """Keyed by content: nothing is done twice, and any change of what went in is noticed."""
+    first = build(engine_folder, profile=cpu, precision="fp32")
+    digest = first.package.digest
+
+    assert not first.unchanged
+    assert build(engine_folder, profile=cpu, precision="fp32").unchanged
+    assert digest == build(engine_folder, profile=cpu, precision="fp32").package.digest
+    assert not build(engine_folder, profile=cpu, precision="fp32", force=True).unchanged
+    assert not build(engine_folder, profile=cpu, precision="int8").unchanged
+    np.savez(engine_folder / "calibration.npz", image=pictures(64, seed=5))
+    assert not build(engine_folder, profile=cpu, precision="int8").unchanged
+    (engine_folder / "small.onnx").write_bytes(conv_net(seed=1).SerializeToString())
+    assert not build(engine_folder, profile=cpu, precision="int8").unchanged
+
+
+def test_altered_package_is_built_again(engine_folder: Path, cpu: DeviceProfile) -> None:
+    """The right key on a damaged package is not good enough."""
+    package = build(engine_folder, profile=cpu, precision="fp32").package
+    (package.path / "graph.onnx").write_bytes(b"damaged")
+
+    assert not build(engine_folder, profile=cpu, precision="fp32").unchanged
+
+
+def test_auto_without_data_is_fp32_and_says_how_to_get_int8(tmp_path: Path, cpu: DeviceProfile) -> None:
+    """A bare model has no data: FP32, and the decision says what to give."""
+    (tmp_path / "bare net.onnx").write_bytes(conv_net().SerializeToString())
+    package = build_engine(tmp_path / "bare net.onnx", profile=cpu)
+
+    assert tmp_path / "bare-net" / "build" / "cpu-x86" == package.path
+    assert "fp32" == package.manifest.precision
+    assert package.manifest.measurements is not None
+    assert "--calibration" in package.manifest.measurements.decision
+
+
+def test_int8_without_data_is_refused(tmp_path: Path, cpu: DeviceProfile) -> None:
+    """Never random data: the error says how to give some, and nothing is left behind."""
+    (tmp_path / "net.onnx").write_bytes(conv_net().SerializeToString())
+
+    with pytest.raises(DataError) as caught:
+        build_engine(tmp_path / "net.onnx", profile=cpu, precision="int8")
+
+    assert "--calibration" in caught.value.fix
+    assert {"net.onnx"} == _files(tmp_path)
+
+
+def test_data_can_be_given_to_a_bare_model(tmp_path: Path, cpu: DeviceProfile) -> None:
+    """`calibration` and `samples` stand in for a spec; a part is held out to judge on."""
+    (tmp_path / "net.onnx").write_bytes(conv_net().SerializeToString())
+    np.save(tmp_path / "some.npy", pictures(40))
+    package = build_engine(
+        tmp_path / "net.onnx", profile=cpu, precision="int8", calibration=tmp_path / "some.npy", samples=20
+    )
+
+    assert package.manifest.calibration is not None
+    assert 20 == package.manifest.calibration.samples
+    assert package.manifest.measurements is not None
+    assert "held-out" in package.manifest.measurements.judged_on
+
+
+def test_budget_is_kept(engine_folder: Path, cpu: DeviceProfile) -> None:
+    """Outside it, `auto` falls back to FP32 with the figures, and an explicit wish is refused."""
+    _edit(engine_folder, "min_snr_db = 15.0", "min_snr_db = 120.0")
+    package = build_engine(engine_folder, profile=cpu)
+
+    assert "fp32" == package.manifest.precision
+    assert package.manifest.measurements is not None
+    assert re.search(r"outside the accuracy budget: .* dB", package.manifest.measurements.decision)
+    with pytest.raises(ModelError) as caught:
+        build_engine(engine_folder, profile=cpu, precision="int8")
+    assert "120 dB" in caught.value.problem
+
+
+def test_other_devices_are_built_for_and_not_timed(engine_folder: Path, jetson: DeviceProfile) -> None:
+    """The portable graph, judged on this CPU; what is missing here is said, and no speed is made up."""
+    manifest = build_engine(engine_folder, profile=jetson).manifest
+
+    assert "int8" == manifest.precision
+    assert "aarch64" == manifest.architecture
+    assert manifest.backend.missing is not None
+    assert "tensorrt" in manifest.backend.missing
+    assert manifest.measurements is not None
+    assert manifest.measurements.engine.latency_ms is None
+    assert "could not be measured" in manifest.measurements.decision
+
+
+def test_fp16_where_the_profile_has_it(engine_folder: Path, cpu: DeviceProfile, jetson: DeviceProfile) -> None:
+    """The precision asked for is built or refused, never replaced."""
+    assert "fp16" == build_engine(engine_folder, profile=jetson, precision="fp16").manifest.precision
+    with pytest.raises(ProfileError):
+        build_engine(engine_folder, profile=cpu, precision="fp16")
+
+
+def test_quantised_models_are_served_as_they_are(engine_folder: Path, cpu: DeviceProfile) -> None:
+    """What a first build quantised, a second one packs byte for byte."""
+    graph = build_engine(engine_folder, profile=cpu, precision="int8").read("graph.onnx")
+    (engine_folder / "small.onnx").write_bytes(graph)
+    package = build_engine(engine_folder, profile=cpu)
+
+    assert graph == package.read("graph.onnx")
+    assert package.manifest.source.already_quantized
+    assert package.manifest.measurements is not None
+    assert "came quantised" in package.manifest.measurements.decision
+    with pytest.raises(ModelError):
+        build_engine(engine_folder, profile=cpu, precision="fp32")
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, RuntimeError])
+def test_interrupted_build_leaves_nothing_behind(
+    engine_folder: Path, cpu: DeviceProfile, failure: type[BaseException]
+) -> None:
+    """Whenever it is interrupted, there is the old package or none, and no litter."""
+    steps: set[str] = set()
+    build(engine_folder, profile=cpu, precision="int8", progress=lambda step, done, total: steps.add(step))
+    before = _files(engine_folder)
+    digest = EnginePackage.open(engine_folder / "build" / "cpu-x86").digest
+    for interrupted in steps:
+
+        def interrupt(step: str, done: int, total: int, at: str = interrupted) -> None:
+            if step == at:
+                raise failure
+
+        with pytest.raises(failure):
+            build(engine_folder, profile=cpu, precision="int8", force=True, progress=interrupt)
+
+        assert before == _files(engine_folder)
+        assert digest == EnginePackage.open(engine_folder / "build" / "cpu-x86").digest
+    assert {"reading the data", "calibrating", "choosing ranges", "verifying", "timing"} == steps
+
+
+def test_progress_runs_to_its_end(engine_folder: Path, cpu: DeviceProfile) -> None:
+    """Every step that began is seen to end."""
+    last: dict[str, tuple[int, int]] = {}
+    build(
+        engine_folder,
+        profile=cpu,
+        precision="int8",
+        progress=lambda step, done, total: last.update({step: (done, total)}),
+    )
+
+    assert all(done == total for done, total in last.values())
+
+
+def test_only_packages_are_overwritten(engine_folder: Path, cpu: DeviceProfile, tmp_path: Path) -> None:
+    """A build replaces a whole folder, so a folder of something else is refused."""
+    with pytest.raises(PackageError):
+        build_engine(engine_folder, profile=cpu, precision="fp32", output=tmp_path)
+
+    assert (engine_folder / "engine.toml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (('model = "small.onnx"', 'model = "absent.onnx"'), ModelError),
+        (('data = "calibration.npz"', 'data = "absent"'), DataError),
+        (("samples = 48", "samples = 0"), SpecError),
+        (('name = "small"', 'name = "small"\ntask = "image-classification"'), SpecError),
+        (('name = "small"', 'name = "small"\npostprocess.labels = "calibration.npz"'), SpecError),
+    ],
+)
+def test_faults_are_told_apart(
+    engine_folder: Path, cpu: DeviceProfile, change: tuple[str, str], error: type[EdgeSdkError]
+) -> None:
+    """The error says whose fault it is, and nothing is left behind."""
+    _edit(engine_folder, *change)
+    before = _files(engine_folder)
+
+    with pytest.raises(error):
+        build_engine(engine_folder, profile=cpu)
+
+    assert before == _files(engine_folder)
+
+
+def test_evaluate_beside_another_package(engine_folder: Path, cpu: DeviceProfile, tmp_path: Path) -> None:
+    """Two packages on the same data: agreement and latency of both."""
+    int8 = build_engine(engine_folder, profile=cpu, precision="int8", output=tmp_path / "int8")
+    fp32 = build_engine(engine_folder, profile=cpu, precision="fp32", output=tmp_path / "fp32")
+    np.savez(tmp_path / "data.npz", x=pictures(32, seed=3), y=np.arange(32) % 10)
+    found = evaluate(int8, str(tmp_path / "data.npz"), against=fp32)
+
+    assert 32 == found.samples
+    assert (found.agreement_percent or 0) > 80
+    assert found.against is not None
+    assert found.package.top1_percent is not None
+    assert found.package.bytes < found.against.bytes
+    json.dumps(found.to_dict())
