@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from edge_sdk.errors import PackageError
 from edge_sdk.profiles import Machine, Precision
@@ -138,6 +138,14 @@ class Manifest(Record):
     created: str
     files: Mapping[str, FileRecord] = {}
 
+    @field_validator("files")
+    @classmethod
+    def _plain_names(cls, files: Mapping[str, FileRecord]) -> Mapping[str, FileRecord]:
+        for name in files:
+            if not name or name in (".", "..") or "/" in name or "\0" in name:
+                raise ValueError("a package's files lie in its own folder")
+        return files
+
 
 @dataclass(frozen=True)
 class EnginePackage:
@@ -145,6 +153,8 @@ class EnginePackage:
 
     path: Path
     manifest: Manifest
+    digest: str
+    """One digest for the whole package: the manifest's, which holds every file's."""
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> EnginePackage:
@@ -159,7 +169,7 @@ class EnginePackage:
             ) from exc
         try:
             data = json.loads(raw)
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise PackageError(f"{folder / MANIFEST} is not JSON: {exc}.", fix="Build the package again.") from exc
         found = data.get("format") if isinstance(data, dict) else None
         if found != FORMAT:
@@ -168,7 +178,7 @@ class EnginePackage:
                 fix="Build it again with this edge-sdk.",
             )
         try:
-            return cls(folder, Manifest.model_validate(data))
+            return cls(folder, Manifest.model_validate(data), hashlib.sha256(raw).hexdigest())
         except ValidationError as exc:
             raise PackageError(f"{folder / MANIFEST}: {describe(exc)}.", fix="Build the package again.") from exc
 
@@ -179,11 +189,6 @@ class EnginePackage:
     @property
     def version(self) -> str:
         return self.manifest.version
-
-    @property
-    def digest(self) -> str:
-        """One digest for the whole package: the manifest's, which holds every file's."""
-        return hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
 
     def read(self, name: str) -> bytes:
         """The bytes of a file of the package, checked against its digest."""

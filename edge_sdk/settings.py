@@ -173,6 +173,8 @@ def _merge(data: dict[str, Any], changes: Mapping[str, Any]) -> None:
     """Lay `changes` over `data`, table by table; None changes nothing."""
     for key, value in changes.items():
         if isinstance(value, Mapping):
-            _merge(data.setdefault(key, {}), value)
+            table = data.setdefault(key, {})
+            if isinstance(table, dict):  # otherwise it is wrong already, and `parse` says so
+                _merge(table, value)
         elif value is not None:
             data[key] = value

@@ -94,10 +94,10 @@ def element_count(shape: Sequence[int]) -> int:
     for axis in shape:
         if axis < 0:
             raise InvalidTensor(f"The shape {list(shape)} has a negative axis; a request gives every size.")
-        count *= axis
+        count *= max(1, axis)  # numpy counts the other axes of an empty array too
         if count > MAX_ELEMENTS:
             raise InvalidTensor(f"The shape {_short(shape)} has more than {MAX_ELEMENTS:,} elements.")
-    return count
+    return 0 if 0 in shape else count
 
 
 def check_feeds(feeds: Mapping[str, Array], specs: Sequence[TensorSpec]) -> None:

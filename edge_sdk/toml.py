@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,5 +61,5 @@ def describe(exc: ValidationError) -> str:
 
 
 def _clip(value: object) -> str:
-    text = repr(value)
+    text = re.sub(r"(?<=:)[^:@/]+(?=@)", "***", repr(value))  # a password in a URL
     return text if len(text) <= 60 else text[:57] + "..."

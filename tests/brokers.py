@@ -99,7 +99,7 @@ def running_mosquitto(directory: Path, **settings: Any) -> Iterator[Broker]:
         "persistence": "true",
         "persistence_location": f"{directory}/",
         "autosave_interval": 1,
-        "autosave_on_changes": "true",
+        "autosave_on_changes": "false",
         "max_inflight_messages": 0,
         "max_queued_messages": 10_000,
         "set_tcp_nodelay": "true",

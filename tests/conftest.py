@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from edge_sdk import resources
+from edge_sdk.compile.pipeline import build
+from edge_sdk.package import EnginePackage
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
@@ -15,3 +19,10 @@ def shared() -> Path:
     if not (folder / "models").is_dir():
         pytest.skip(f"the real models are not at {folder}; EDGE_SDK_SHARED says where they are")
     return folder
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> EnginePackage:
+    """The bundled example, built for this machine with INT8; alone in its folder, which a daemon can serve."""
+    output = tmp_path_factory.mktemp("engines") / "digits"
+    return build(resources.EXAMPLES / "digits", precision="int8", output=output).package

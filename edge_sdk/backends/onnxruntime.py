@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from edge_sdk.backends.base import Availability
 from edge_sdk.errors import BackendUnavailable, EngineFailed, OutOfMemory
@@ -50,7 +52,8 @@ class OnnxRuntimeEngine:
         self._inputs = tuple(_spec(node) for node in session.get_inputs())
         self._outputs = tuple(_spec(node) for node in session.get_outputs())
         self._output_names = [spec.name for spec in self._outputs]
-        self._bindings: dict[tuple[int, ...], tuple[Any, tuple[Array, ...]]] = {}
+        self._speaks_text = any(spec.dtype == "string" for spec in (*self._inputs, *self._outputs))
+        self._bindings: dict[tuple[object, ...], tuple[Any, tuple[Array, ...]]] = {}
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -64,6 +67,8 @@ class OnnxRuntimeEngine:
         if self._session is None:
             raise EngineFailed("This engine was closed; it cannot infer any more.", fix="Load the package again.")
         try:
+            if self._speaks_text:
+                return self._infer_text(feeds, out)
             if out is None:
                 return dict(zip(self._output_names, self._session.run(self._output_names, dict(feeds))))
             self._session.run_with_iobinding(self._binding(feeds, out))
@@ -75,10 +80,24 @@ class OnnxRuntimeEngine:
         self._bindings.clear()
         self._session = None
 
+    def _infer_text(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None) -> Outputs:
+        """Strings are bytes to us and `str` to onnxruntime's Python API, which calls `str()` on anything else."""
+        texts = {name: _mapped(array, _as_text) if array.dtype == object else array for name, array in feeds.items()}
+        computed = self._session.run(self._output_names, texts)
+        results = {
+            name: _mapped(array, str.encode) if array.dtype == object else array
+            for name, array in zip(self._output_names, computed)
+        }
+        if out is None:
+            return results
+        for name, array in out.items():
+            np.copyto(array, results[name])
+        return dict(out)
+
     def _binding(self, feeds: Mapping[str, Array], out: Mapping[str, Array]) -> Any:
         """A binding of exactly these arrays, kept: re-binding costs as much as running a small model."""
         arrays = (*feeds.values(), *out.values())
-        key = tuple(map(id, arrays))
+        key = (*feeds, *out, *map(id, arrays))
         if (kept := self._bindings.get(key)) is not None:
             return kept[0]
         binding = self._session.io_binding()
@@ -112,6 +131,17 @@ def _session(graph: bytes, profile: DeviceProfile, threads: int | None) -> Any:
         return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as exc:  # onnxruntime's exceptions share no base class
         raise EngineFailed(f"onnxruntime cannot load the graph: {_first_line(exc)}.") from exc
+
+
+def _mapped(array: Array, convert: Callable[[Any], Any]) -> Array:
+    mapped = np.empty(array.shape, dtype=object)
+    mapped.ravel()[:] = [convert(element) for element in array.ravel()]
+    return mapped
+
+
+def _as_text(element: bytes | str) -> str:
+    """onnxruntime's strings are UTF-8: bytes that are not raise UnicodeDecodeError, which becomes EngineFailed."""
+    return element.decode("utf-8") if isinstance(element, bytes) else str(element)
 
 
 def _spec(node: Any) -> TensorSpec:

@@ -6,8 +6,8 @@ a runtime that hangs, raises, answers NaN or takes the process down, with no moc
 
     edge_sdk.reference = [{"do": "raise", "when": 666.0}, {"do": "sleep", "seconds": 0.05}]
 
-`do` is `sleep`, `raise`, `nan` or `abort`. `when` is a value; the order is followed if any element of the first input
-equals it. Without `when` it is followed every time.
+`do` is `sleep`, `raise`, `nan` (in floating-point outputs) or `abort`. `when` is a value; the order is followed if any
+element of the first input equals it. Without `when` it is followed every time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from edge_sdk.backends.base import Availability
-from edge_sdk.errors import BackendUnavailable, EngineFailed
+from edge_sdk.errors import BackendUnavailable, EngineFailed, OutOfMemory
 from edge_sdk.package import GRAPH, EnginePackage
 from edge_sdk.profiles import DeviceProfile
 from edge_sdk.tensors import DTYPE_FROM_OIP, Array, Outputs, TensorSpec, numpy_dtype
@@ -68,17 +68,18 @@ class ReferenceBackend:
             raise BackendUnavailable(f"onnx cannot be imported: {exc}.", fix=_INSTALL) from exc
         try:
             model = onnx.load_from_string(graph)
-            evaluator = onnx.reference.ReferenceEvaluator(model)
+            if not model.graph.output:
+                raise ValueError("it has no outputs")  # as no bytes at all have: protobuf takes them for a message
+            initializers = {tensor.name for tensor in model.graph.initializer}
+            orders = next((prop.value for prop in model.metadata_props if prop.key == ORDERS), "[]")
+            return ReferenceEngine(
+                onnx.reference.ReferenceEvaluator(model),
+                inputs=tuple(_spec(value) for value in model.graph.input if value.name not in initializers),
+                outputs=tuple(_spec(value) for value in model.graph.output),
+                orders=tuple(Order(**order) for order in json.loads(orders)),
+            )
         except Exception as exc:  # protobuf's and the evaluator's exceptions share no base class
             raise EngineFailed(f"onnx's reference evaluator cannot load the graph: {exc}.") from exc
-        initializers = {tensor.name for tensor in model.graph.initializer}
-        orders = next((prop.value for prop in model.metadata_props if prop.key == ORDERS), "[]")
-        return ReferenceEngine(
-            evaluator,
-            inputs=tuple(_spec(value) for value in model.graph.input if value.name not in initializers),
-            outputs=tuple(_spec(value) for value in model.graph.output),
-            orders=tuple(Order(**order) for order in json.loads(orders)),
-        )
 
 
 class ReferenceEngine:
@@ -111,14 +112,18 @@ class ReferenceEngine:
         spoilt = self._follow_orders(feeds)
         try:
             computed = self._evaluator.run(None, dict(feeds))
+        except MemoryError as exc:
+            raise OutOfMemory("The device ran out of memory while it computed this.") from exc
         except Exception as exc:  # the evaluator raises whatever numpy and its operators raise
             raise EngineFailed(f"onnx's reference evaluator could not run the graph: {exc}.") from exc
-        results = {
-            spec.name: np.ascontiguousarray(array, dtype=numpy_dtype(spec.dtype))
+        results = {  # copies: an Identity gives back the very array it was fed
+            spec.name: np.array(array, dtype=numpy_dtype(spec.dtype), order="C")
             for spec, array in zip(self._outputs, computed)
         }
         if spoilt:
-            results = {name: np.full_like(array, np.nan) for name, array in results.items()}
+            for array in results.values():
+                if array.dtype.kind == "f":
+                    array.fill(np.nan)
         if out is None:
             return results
         for name, array in out.items():
@@ -152,6 +157,7 @@ def _spec(value: Any) -> TensorSpec:
     tensor = value.type.tensor_type
     name = onnx.TensorProto.DataType.Name(tensor.elem_type)
     dtype = {"STRING": "string", "FLOAT": "float32", "DOUBLE": "float64"}.get(name, name.lower())
-    assert dtype in DTYPE_FROM_OIP.values(), dtype
+    if dtype not in DTYPE_FROM_OIP.values():
+        raise ValueError(f"{value.name} is {dtype}, which edge-sdk does not take")
     axes = (axis.dim_value if axis.HasField("dim_value") else axis.dim_param or "?" for axis in tensor.shape.dim)
     return TensorSpec(value.name, dtype, tuple(axes))

@@ -32,7 +32,7 @@ EXACT_DB = 150.0
 
 _WARM_UP_SECONDS = 0.05
 """Untimed, at the start of an engine's turn, while the other engine's threads stop spinning."""
-_TURN_SECONDS = 0.15
+_TURN_SECONDS = 0.1
 _SAME_SPEED = 0.02
 """Throughputs this close are equal; the smaller batch, which answers sooner, is then the better one."""
 
@@ -138,7 +138,7 @@ class _Tally:
         )
 
 
-def time_engines(engines: Sequence[Engine], feeds: Feeds, *, seconds: float = 3.0) -> list[float]:
+def time_engines(engines: Sequence[Engine], feeds: Feeds, *, seconds: float = 1.5) -> list[float]:
     """The median latency of each engine in milliseconds, in turns of a few runs each, over `seconds` altogether."""
     times: list[list[float]] = [[] for _ in engines]
     deadline = time.perf_counter() + seconds
@@ -160,7 +160,7 @@ def _run_for(engine: Engine, feeds: Feeds, seconds: float) -> list[float]:
     return times
 
 
-def throughput(engine: Engine, feeds: Feeds, max_batch: int, *, seconds: float = 0.3) -> dict[int, float]:
+def throughput(engine: Engine, feeds: Feeds, max_batch: int, *, seconds: float = 0.15) -> dict[int, float]:
     """Inferences a second for batches of 1, 2, 4... and `max_batch`; `feeds` are those of one.
 
     Only batch 1 where requests cannot be stacked: the model's axes do not allow it, or stacked requests would not get

@@ -155,8 +155,8 @@ class Client:
     `wait_for_device_s` is the patience with a device that was online and is not (it may be restarting); one that was
     never seen fails within half a second. `protocol` is "auto", "5" or "3.1.1".
 
-    The constructor connects, and raises BrokerError if that is not possible in `connect_timeout_s`. After that a lost
-    connection is restored in the background and costs no request, only time.
+    The constructor connects, and raises BrokerError if that is not possible; each attempt may take `connect_timeout_s`.
+    After that a lost connection is restored in the background and costs no request, only time.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class Client:
         self._retained_changed = threading.Condition()
         self._watched = {topics.everyones_availability(root) if device is None else Topics(root, device).availability}
         self._granted: set[str] = set()
-        self._subscribing: dict[int, frozenset[str]] = {}
+        self._subscribing: dict[int, tuple[str, ...]] = {}
         self._connected = self._ready = False
         self._connect_at = 0.0
         self._requests = self._answers = self._errors = self._resent = self._connections = 0
@@ -219,7 +219,7 @@ class Client:
         self._thread = threading.Thread(target=self._run, name=f"edge-sdk client {self.client_id}", daemon=True)
         self._thread.start()
         try:
-            self._first_try.result(connect_timeout_s + 1)
+            self._first_try.result()
         except BaseException:
             self.close()
             raise
@@ -410,6 +410,7 @@ class Client:
                 self._retained_changed.notify_all()
 
     def _give_up(self, error: EdgeSdkError) -> None:
+        """End everything that is waiting."""
         for fail in self._pending.fail_all(error):
             self._end(fail)
         for job in self._submitted:
@@ -530,12 +531,17 @@ class Client:
         with self._lock:
             wanted = [name for name in (answers, *sorted(self._watched)) if name not in asked]
         if wanted:
-            self._subscribing[self._transport.subscribe(wanted)] = frozenset(wanted)
+            self._subscribing[self._transport.subscribe(wanted)] = tuple(wanted)
 
     def _on_subscribed(self, event: Subscribed, now: float) -> None:
-        filters = self._subscribing.pop(event.handle, frozenset())
+        filters = self._subscribing.pop(event.handle, ())
+        if not self._ready and event.codes[0] >= 0x80:
+            self._give_up(BrokerError(
+                f"The broker does not let this client read its answers on {filters[0]} (0x{event.codes[0]:02x}).",
+                fix="Allow it in the broker's access control.",
+            ))  # fmt: skip
         with self._retained_changed:
-            self._granted |= filters
+            self._granted.update(filters)
             self._retained_changed.notify_all()
         if any(name.endswith("/availability") for name in filters):
             self._pending.subscribed_to_availability(now)

@@ -56,6 +56,8 @@ class PendingRequest:
     deadline: float
     state: Literal["waiting", "sent", "accepted"] = "waiting"
     sends: int = 0
+    taken: int = 0
+    """How often the broker acknowledged it."""
     put_offs: int = 0
     next_at: float = math.inf
     timer_at: float = math.inf
@@ -184,6 +186,7 @@ class PendingRequests:
             ))  # fmt: skip
         else:
             request.state = "accepted"
+            request.taken += 1
             request.unheard_since = None
             pause_s = min(LONGEST_RESEND_S, FIRST_RESEND_S * 2 ** (request.sends - 1))
             self._set_timer(request, now + self._jitter(pause_s))
@@ -304,8 +307,8 @@ class PendingRequests:
         )
         if not request.sends:
             return NoAnswer(f"The deadline passed before {about} could be sent: there was no connection to the broker.")
-        if request.state == "accepted":
-            again = "once" if request.sends == 1 else f"{request.sends} times"
+        if request.taken:
+            again = "once" if request.taken == 1 else f"{request.taken} times"
             return NoAnswer(f"No answer to {about} by its deadline; the broker took it {again}.")
         return NoAnswer(f"The deadline passed before the broker took {about}.")
 

@@ -73,6 +73,16 @@ class BatchPlanner:
             (batch if request.deadline > now else expired).append(request)
         return Plan(tuple(batch), tuple(expired))
 
+    def expire(self, now: float) -> Plan:
+        """Only those that passed their deadline, while nothing can be computed."""
+        expired = tuple(request for request in self._waiting if request.deadline <= now)
+        if expired:
+            kept = [request for request in self._waiting if request.deadline > now]
+            self.clear()
+            self._waiting.extend(kept)
+            self._bytes = sum(len(request.payload.data) for request in kept)
+        return Plan((), expired)
+
     def wake_at(self, now: float) -> float | None:
         """When `take` will give something; None while nothing waits."""
         if not self._waiting:

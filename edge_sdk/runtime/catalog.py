@@ -44,11 +44,16 @@ class Changes:
     drop: tuple[Key, ...]
 
 
-def scan(folder: Path, machine: Machine, profile: DeviceProfile | None) -> dict[Key, Entry]:
-    """Every model and version in `folder`. A package that cannot be opened is an entry with a problem."""
+def scan(
+    folder: Path, machine: Machine, profile: DeviceProfile | None, served: Mapping[Path, Key] | None = None
+) -> dict[Key, Entry]:
+    """Every model and version in `folder`. A package that cannot be opened is an entry with a problem.
+
+    `served` says what came from where at the last look: a package that broke since is still that model's.
+    """
     found: dict[Key, list[Entry]] = {}
     for path in package_folders(folder):
-        entry = _read(path)
+        entry = _read(path, (served or {}).get(path))
         found.setdefault(entry.key, []).append(entry)
     return {key: max(entries, key=lambda entry: _preference(entry, machine, profile)) for key, entries in found.items()}
 
@@ -71,11 +76,13 @@ def _natural(version: str) -> list[tuple[int, int | str]]:
     return [(1, int(part)) if part.isdigit() else (0, part) for part in parts]
 
 
-def _read(path: Path) -> Entry:
+def _read(path: Path, known: Key | None) -> Entry:
     try:
         package = EnginePackage.open(path)
         return Entry(package.name, package.version, package.digest, package)
     except PackageError as exc:
+        if known is not None:
+            return Entry(*known, "", None, str(exc))
         # engines/<name>/build/<profile>, or a package folder called like its model
         name = path.parent.parent.name if path.parent.name == "build" else path.name
         return Entry(re.sub(r"[^A-Za-z0-9._-]", "-", name)[:64], "0", "", None, str(exc))

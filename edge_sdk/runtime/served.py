@@ -20,9 +20,6 @@ from edge_sdk.runtime.worker import Worker
 
 State = Literal["LOADING", "READY", "UNAVAILABLE"]
 
-RETRY_LOADING_MS = 500
-"""What a client is told while a model loads."""
-
 
 class ServedModel:
     """Where the requests for one model and version wait, and what computes them. Safe to use from any thread."""
@@ -70,9 +67,9 @@ class ServedModel:
         return len(self._planner) + self._busy
 
     def submit(self, request: Request) -> None:
-        """Queue a request; raises QueueFull, or Unavailable while there is no worker."""
+        """Queue a request, also while the model is still loading; raises QueueFull or Unavailable."""
         with self._changed:
-            if self._worker is None:
+            if self._worker is None and (self.state != "LOADING" or self._retired):
                 raise self._unavailable()
             self._planner.offer(request, self._clock())
             if self._thread is not None and not self.quick:
@@ -81,6 +78,9 @@ class ServedModel:
     def put_in_service(self, worker: Worker, *, quick: bool) -> None:
         """Let `worker` compute from the next batch on."""
         with self._changed:
+            if self._retired:  # the service stopped while this one loaded
+                worker.close()
+                return
             former, self._worker = self._worker, worker
             batching = worker.package.manifest.batching
             self._planner.batch = batching.best_batch
@@ -100,6 +100,9 @@ class ServedModel:
         with self._changed:
             self.reason = reason
             self.state = "READY" if self._worker is not None else "UNAVAILABLE"
+            orphans = self._planner.clear() if self._worker is None else ()
+        for request in orphans:
+            self._finish(Answer(request.ticket, self._unavailable(), self.version))
 
     def retire(self) -> None:
         """Take the model out of service: what waits is answered 503, what is being computed is finished."""
@@ -126,15 +129,15 @@ class ServedModel:
         """Compute the next batch, on this thread, if one is due; whether there was anything to do."""
         with self._changed:
             worker, now = self._worker, self._clock()
-            if worker is None or self._busy:
+            if self._busy:
                 return False
-            plan = self._planner.take(now)
+            plan = self._planner.take(now) if worker is not None else self._planner.expire(now)
             self._busy = bool(plan.batch)
         for request in plan.expired:
             waited_ms = (now - request.received) * 1000
             error = DeadlineExceeded(f"The request waited {waited_ms:.0f} ms for {self.model}; its deadline passed.")
             self._finish(Answer(request.ticket, error, self.version))
-        if plan.batch:
+        if worker is not None and plan.batch:
             self._compute(worker, plan.batch, now)
         return bool(plan.batch or plan.expired)
 
@@ -172,8 +175,6 @@ class ServedModel:
     def _unavailable(self) -> RequestError:
         if self._retired:
             return Unavailable(f"The model {self.model!r} was taken out of service.")
-        if self.state == "LOADING":
-            return Unavailable(f"The model {self.model!r} is loading.", retry_after_ms=RETRY_LOADING_MS)
         return Unavailable(
             f"The model {self.model!r} did not load.", fix="Its state topic and the log have the reason."
         )

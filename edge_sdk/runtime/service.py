@@ -22,7 +22,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +67,18 @@ class Service:
         self._clock = clock
         self._models: dict[Key, ServedModel] = {}  # replaced as a whole, never changed: readers need no lock
         self._followed = False  # whether the folder has been read and loaded once
-        self._orders: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: look at the folder; False: end
+        self._orders: queue.SimpleQueue[Callable[[], Sequence[Entry]] | None] = queue.SimpleQueue()
         self._loader = threading.Thread(target=self._follow_orders, name="edge-sdk-loader", daemon=True)
 
     def start(self) -> None:
-        """Begin to load what is in the folder."""
+        """Learn what is in the folder, and begin to load it. Requests that come meanwhile wait for their model."""
+        found = self._adopt()
+        self._orders.put(lambda: found)
         self._loader.start()
-        self.reload()
 
     def reload(self) -> None:
         """Look at the folder again, in the background: load what is new or changed, retire what is gone."""
-        self._orders.put(True)
+        self._orders.put(self._adopt)
 
     def submit(self, request: Request) -> None:
         """Take a request. Its answer comes through `on_answer`, perhaps before this returns."""
@@ -87,16 +88,19 @@ class Service:
             self._finish(Answer(request.ticket, exc))
 
     def run_quick(self) -> bool:
-        """Compute a batch of each quick model that has one due, on this thread; whether any had."""
+        """Compute a batch of each quick model that has one due, on this thread; whether any had.
+
+        Requests that wait for a model that is still loading expire here.
+        """
         worked = False
         for model in self._models.values():
-            if model.quick and model.waiting:
+            if model.waiting and (model.quick or model.state == "LOADING"):
                 worked |= model.run_once()
         return worked
 
     def wake_at(self) -> float | None:
         """When `run_quick` will next have something to do; None: not before something is submitted."""
-        moments = (model.wake_at() for model in self._models.values() if model.quick and model.waiting)
+        moments = (model.wake_at() for model in self._models.values() if model.quick)
         return min((moment for moment in moments if moment is not None), default=None)
 
     def models(self) -> list[ServedModel]:
@@ -142,7 +146,7 @@ class Service:
             if not self.run_quick():
                 time.sleep(0.002)
         finished = not self.waiting()
-        self._orders.put(False)
+        self._orders.put(None)
         for model in self._models.values():
             model.retire()
         for model in self._models.values():
@@ -168,14 +172,19 @@ class Service:
         self._on_answer(answer)
 
     def _follow_orders(self) -> None:
-        while self._orders.get():
+        """The life of the loader's thread."""
+        while (find := self._orders.get()) is not None:
             try:
-                self._follow_folder()
+                for entry in find():
+                    self._load(entry, self._models[entry.key])
+                    self._on_change()
             except Exception:
                 log.exception("A defect of edge-sdk: the engines folder could not be followed.")
+            self._followed = True
+            self._on_change()
 
-    def _follow_folder(self) -> None:
-        """Make what is served what the folder holds."""
+    def _adopt(self) -> Sequence[Entry]:
+        """Make the models in service those of the folder; gives back what has to be loaded for it."""
         wanted = scan(self._engines, self._machine, self._profile)
         todo = changes({key: model.digest for key, model in self._models.items() if model.state == "READY"}, wanted)
         gone = [model for key, model in self._models.items() if key not in wanted]
@@ -184,11 +193,7 @@ class Service:
             log.info("%s %s is gone from the folder; it is retired.", model.model, model.version)
             model.retire()
         self._on_change()
-        for entry in todo.load:
-            self._load(entry, self._models[entry.key])
-            self._on_change()
-        self._followed = True
-        self._on_change()
+        return todo.load
 
     def _new_model(self, key: Key) -> ServedModel:
         return ServedModel(*key, limits=self._limits, on_answer=self._finish, clock=self._clock)

@@ -23,7 +23,7 @@ from edge_sdk.package import EnginePackage
 from edge_sdk.runtime.batching import pack
 from edge_sdk.runtime.messages import Answer, Request, Timing
 from edge_sdk.tasks.base import Body, Decoded, Task
-from edge_sdk.tensors import Array, Feeds, Outputs, allocate
+from edge_sdk.tensors import Array, Feeds, Outputs, allocate, is_batchable
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +35,17 @@ class Slab:
     inputs: Feeds
     outputs: Outputs
     batchable: bool
+    """Whether a request may take any number of the rows; otherwise it takes the arrays as they are."""
 
     def __post_init__(self) -> None:
         self._views: dict[int, tuple[Feeds, Outputs]] = {}
 
     @classmethod
-    def of(cls, engine: Engine, rows: int, *, batchable: bool) -> Slab | None:
+    def of(cls, engine: Engine, rows: int) -> Slab | None:
         """None where a size is known only at run time: then arrays are the engine's own, made anew each time."""
+        batchable = is_batchable(engine.inputs, engine.outputs)
+        if not batchable and any(spec.has_free_axes for spec in (*engine.inputs, *engine.outputs)):
+            return None
         inputs, outputs = allocate(engine.inputs, rows), allocate(engine.outputs, rows)
         return None if inputs is None or outputs is None else cls(inputs, outputs, batchable)
 
@@ -67,7 +71,7 @@ class Worker:
         self.max_rows = package.manifest.batching.max_batch
         self._engine = engine
         self._clock = clock
-        self._slab = Slab.of(engine, self.max_rows, batchable=self.max_rows > 1)
+        self._slab = Slab.of(engine, self.max_rows)
 
     def warm_up(self) -> float:
         """Compute a best batch of zeros, and give back the seconds that it takes once it is warm.
@@ -122,10 +126,13 @@ class Worker:
         before = self._clock()
         try:
             outputs = self._infer([decoded for _, decoded in group])
-        except EdgeSdkError as exc:
+        except Exception as exc:
             if len(group) > 1:
                 return [answer for one in group for answer in self._compute([one], started)]
-            log.warning("%s failed on a request: %s", self.package.name, exc)
+            if isinstance(exc, EdgeSdkError):
+                log.warning("%s failed on a request: %s", self.package.name, exc)
+            else:
+                log.exception("A defect of edge-sdk: %s could not be asked.", self.package.name)
             return [self._answer(request, _as_request_error(exc)) for request, _ in group]
         infer_ms = (self._clock() - before) * 1000
         answers = []
@@ -139,7 +146,9 @@ class Worker:
 
     def _infer(self, group: Sequence[Decoded]) -> Outputs:
         if self._slab is None:
-            return self._engine.infer({name: np.ascontiguousarray(array) for name, array in group[0].feeds.items()})
+            return self._engine.infer(
+                {name: _joined([decoded.feeds[name] for decoded in group]) for name in group[0].feeds}
+            )
         feeds, out = self._slab.at(sum(decoded.rows for decoded in group))
         for name, slot in feeds.items():
             _fill(slot, [decoded.feeds[name] for decoded in group])
@@ -166,10 +175,14 @@ def _fill(slot: Array, arrays: Sequence[Array]) -> None:
         np.concatenate(arrays, axis=0, out=slot)
 
 
+def _joined(arrays: Sequence[Array]) -> Array:
+    return np.asarray(arrays[0], order="C") if len(arrays) == 1 else np.concatenate(arrays, axis=0)
+
+
 def _rows_of(outputs: Outputs, first: int, rows: int) -> Outputs:
     return {name: array[first : first + rows] for name, array in outputs.items()} if rows else outputs
 
 
-def _as_request_error(exc: EdgeSdkError) -> RequestError:
+def _as_request_error(exc: Exception) -> RequestError:
     """What a stranger is told: a runtime's own text may hold paths and names that are not his."""
     return exc if isinstance(exc, RequestError) else InferenceFailed("The model failed while it computed this request.")

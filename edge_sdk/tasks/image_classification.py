@@ -71,7 +71,7 @@ class ImageClassification(TensorTask):
     def encode(self, outputs: Outputs, decoded: Decoded) -> Body:
         if not isinstance(decoded.reply, ImageReply):
             return super().encode(outputs, decoded)
-        scores = self.probabilities(outputs[self.outputs[0].name]).ravel()
+        scores = self.probabilities(outputs[self.outputs[0].name].ravel())
         best = best_classes(scores, self.postprocess.top_k)
         texts = [class_text(float(scores[index]), index, self.labels) for index in best]
         if decoded.reply.accept == TEXT:
@@ -93,13 +93,13 @@ class ImageClassification(TensorTask):
         )
 
     def probabilities(self, scores: Array) -> Array:
-        """`scores` of one picture as float32 that add up to 1; InferenceFailed if they are not numbers."""
+        """`scores` [classes] as float32, softmax applied to logits; InferenceFailed if they are not numbers."""
         values = scores.astype(np.float32)
         if not np.isfinite(values).all():
             raise InferenceFailed("The model answered NaN or infinite scores for this picture.")
         if self.postprocess.scores == "logits":
-            values = np.exp(values - values.max(axis=-1, keepdims=True))
-            values /= values.sum(axis=-1, keepdims=True)
+            values = np.exp(values - values.max())
+            values /= values.sum()
         return values
 
 

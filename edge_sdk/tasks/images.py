@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 MAX_PIXELS = 50_000_000
 """More than any camera an edge device is likely to see; 150 MB once decoded."""
 
+_MAX_RESIZED_PIXELS = 2 * MAX_PIXELS
+"""A picture of one pixel's height has few pixels until its shorter side is resized to 224."""
+
 _SHARPNESS = 2
 """A JPEG is never decoded to less than this many times the size it is resized to."""
 
@@ -38,8 +41,10 @@ def decode_image(data: bytes, preprocess: Preprocess) -> Array:
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise TooLarge(f"The picture is {width} x {height}; at most {MAX_PIXELS:,} pixels are decoded.")
+    target = _resized_size(picture.size, preprocess)
+    if target[0] * target[1] > _MAX_RESIZED_PIXELS:
+        raise TooLarge(f"The picture is {width} x {height}; resized for the model it would be far larger.")
     try:
-        target = _resized_size(picture.size, preprocess)
         picture.draft("RGB", (target[0] * _SHARPNESS, target[1] * _SHARPNESS))
         picture = _upright(_in_color(picture, preprocess))
         pixels = np.asarray(_resized_and_cropped(picture, preprocess))

@@ -68,13 +68,10 @@ def decode_request(data: bytes, header_length: int | None = None) -> OipRequest:
     body = _object(parse_json(header), "the body")
     entries = _entries(body, "inputs")
     feeds = _decode_tensors(entries, tensors)
-    request_id = body.get("id")
-    if request_id is not None and not isinstance(request_id, str):
-        raise Malformed("The request's `id` is not a string.")
     parameters = _parameters(body)
     return OipRequest(
         feeds=feeds,
-        id=request_id,
+        id=_request_id(body),
         outputs=tuple(_output_choice(entry) for entry in _entries(body, "outputs", optional=True)),
         binary_output=parameters.get("binary_data_output") is True,
     )
@@ -275,50 +272,67 @@ def _strings(name: str, raw: memoryview, count: int) -> Array:
 def _from_list(name: str, data: Any, dtype: str, shape: tuple[int, ...]) -> Array:
     if not isinstance(data, list):
         raise Malformed(f"The tensor {name!r} has neither `data` as a list nor a `binary_data_size`.")
-    if dtype == "string":
-        return _strings_from_list(name, data, shape)
-    try:
-        array = np.asarray(data)
-    except (ValueError, OverflowError) as exc:
-        raise InvalidTensor(f"The `data` of {name!r} is not a regular array of numbers.") from exc
-    if array.size == 0:
-        array = array.astype(dtype)
-    array = _cast(name, array, dtype)
-    if array.size != element_count(shape):
-        raise InvalidTensor(f"The tensor {name!r} of shape {list(shape)} came with {array.size} elements.")
-    return array.reshape(shape)
-
-
-def _cast(name: str, array: Array, dtype: str) -> Array:
-    """`array` in `dtype` if every value survives; JSON says only number or boolean, so numpy guessed a type."""
-    wanted = np.dtype(dtype)
-    allowed = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[wanted.kind]
-    if array.dtype.kind not in allowed:
-        raise InvalidTensor(f"The `data` of {name!r} holds values that are not {OIP_FROM_DTYPE[dtype]}.")
-    if wanted.kind in "iu" and array.size:
-        bounds = np.iinfo(wanted)
-        if int(array.min()) < bounds.min or int(array.max()) > bounds.max:
-            raise InvalidTensor(f"The `data` of {name!r} does not fit {OIP_FROM_DTYPE[dtype]}.")
-    with np.errstate(over="ignore"):
-        cast = array.astype(wanted)
-    if wanted.kind == "f" and not np.isfinite(cast).all():
-        raise InvalidTensor(f"The `data` of {name!r} holds a number too large for {OIP_FROM_DTYPE[dtype]}.")
-    return cast
-
-
-def _strings_from_list(name: str, data: list[Any], shape: tuple[int, ...]) -> Array:
-    flat = data
-    for _ in shape[1:]:
-        if not all(isinstance(part, list) for part in flat):
-            break
-        flat = list(itertools.chain.from_iterable(flat))
-    if not all(isinstance(element, str) for element in flat):
-        raise InvalidTensor(f"The `data` of the BYTES tensor {name!r} is not strings, flat or nested as its shape.")
+    flat = _flattened(data, shape)
+    # Types before numpy: it would make room for the longest string in the place of every element.
+    if not set(map(type, flat)) <= _JSON_TYPES.get(dtype, {int}):
+        raise InvalidTensor(
+            f"The `data` of {name!r} holds values that are not {OIP_FROM_DTYPE[dtype]}, or is nested unlike its shape."
+        )
     if len(flat) != element_count(shape):
         raise InvalidTensor(f"The tensor {name!r} of shape {list(shape)} came with {len(flat)} elements.")
-    array = np.empty(len(flat), dtype=object)
-    array[:] = [element.encode("utf-8", "surrogatepass") for element in flat]
-    return array.reshape(shape)
+    return _array_of(name, flat, dtype).reshape(shape)
+
+
+_JSON_TYPES: dict[str, set[type]] = {
+    "bool": {bool}, "string": {str}, "float16": {int, float}, "float32": {int, float}, "float64": {int, float},
+}  # fmt: skip
+
+
+def _flattened(data: list[Any], shape: tuple[int, ...]) -> list[Any]:
+    """`data` without its nesting, as far as it is nested like `shape`."""
+    flat = data
+    for size in shape[1:]:
+        if set(map(type, flat)) != {list} or set(map(len, flat)) != {size}:
+            break
+        flat = list(itertools.chain.from_iterable(flat))
+    return flat
+
+
+def _array_of(name: str, values: list[Any], dtype: str) -> Array:
+    """`values` in `dtype`, if every one survives the change."""
+    if dtype == "string":
+        array = np.empty(len(values), dtype=object)
+        array[:] = [element.encode("utf-8", "surrogatepass") for element in values]
+        return array
+    wanted = np.dtype(dtype)
+    if wanted.kind in "iu" and values:
+        bounds = np.iinfo(wanted)
+        if min(values) < bounds.min or max(values) > bounds.max:
+            raise InvalidTensor(f"The `data` of {name!r} does not fit {OIP_FROM_DTYPE[dtype]}.")
+    if wanted.kind != "f":
+        return np.array(values, dtype=wanted)
+    try:
+        with np.errstate(over="ignore"):
+            array = np.array(values, dtype=np.float64).astype(wanted)
+        fits = bool(np.isfinite(array).all())
+    except OverflowError:  # an integer of more than 308 digits
+        fits = False
+    if not fits:
+        raise InvalidTensor(f"The `data` of {name!r} holds a number too large for {OIP_FROM_DTYPE[dtype]}.")
+    return array
+
+
+def _request_id(body: dict[str, Any]) -> str | None:
+    found = body.get("id")
+    if found is None:
+        return None
+    if not isinstance(found, str):
+        raise Malformed("The request's `id` is not a string.")
+    try:
+        found.encode()
+    except UnicodeEncodeError as exc:  # half of a surrogate pair, which no answer could repeat
+        raise Malformed("The request's `id` is not text that UTF-8 can carry.") from exc
+    return found
 
 
 def _output_choice(entry: dict[str, Any]) -> OutputChoice:

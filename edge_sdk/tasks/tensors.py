@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_sdk.errors import InvalidTensor, Malformed, UnsupportedType
+from edge_sdk.errors import InferenceFailed, InvalidTensor, Malformed, UnsupportedType
 from edge_sdk.tasks.base import BINARY, JPEG, JSON, NPY, PNG, TEXT, Body, Decoded, Payload
 from edge_sdk.tasks.npy import MAGIC as NPY_MAGIC
 from edge_sdk.tasks.npy import decode_npy, encode_npy
@@ -74,7 +74,7 @@ class TensorTask:
     def encode(self, outputs: Outputs, decoded: Decoded) -> Body:
         reply = decoded.reply
         assert isinstance(reply, TensorReply)
-        if reply.accept == NPY and len(outputs) == 1:
+        if reply.accept == NPY and len(outputs) == 1 and self.outputs[0].dtype != "string":
             return Body(encode_npy(next(iter(outputs.values()))), NPY)
         request = reply.request
         choices = request.outputs or tuple(OutputChoice(spec.name) for spec in self.outputs)
@@ -89,7 +89,13 @@ class TensorTask:
         return encode_response(chosen, model_name=self.name, model_version=self.version, id=request.id, binary=binary)
 
     def _rows(self, feeds: Feeds) -> int:
-        return len(next(iter(feeds.values()))) if self.batchable else 0
+        """How many places of a batch the request takes; 0: it has to be computed alone."""
+        if not self.batchable:
+            return 0
+        sizes = {len(array) for array in feeds.values()}
+        if len(sizes) != 1 or 0 in sizes:
+            raise InvalidTensor(f"The inputs' first axis is the batch: one size of 1 or more; {sorted(sizes)} came.")
+        return sizes.pop()
 
     def _raw_feeds(self, data: bytes) -> Feeds:
         spec = self._only_input("raw bytes")
@@ -121,21 +127,26 @@ class TensorTask:
         return self.inputs[0]
 
     def _check_choices(self, choices: tuple[OutputChoice, ...]) -> None:
-        names = {spec.name for spec in self.outputs}
+        dtypes = {spec.name: spec.dtype for spec in self.outputs}
         for choice in choices:
-            if choice.name not in names:
+            if choice.name not in dtypes:
                 raise InvalidTensor(
-                    f"The model has no output {choice.name[:80]!r}; its outputs are {', '.join(sorted(names))}."
+                    f"The model has no output {choice.name[:80]!r}; its outputs are {', '.join(sorted(dtypes))}."
                 )
+            if choice.classification and dtypes[choice.name] == "string":
+                raise InvalidTensor(f"The output {choice.name!r} is {dtypes[choice.name]}; it has no best classes.")
         if len({choice.name for choice in choices}) != len(choices):
             raise Malformed("An output is asked for twice.")
 
     def _classified(self, scores: Array, classes: int) -> Array:
         """The best `classes` of the last axis as `score:index:label` strings, one row for each of the others."""
-        rows = np.atleast_1d(scores).reshape(-1, scores.shape[-1] if scores.ndim else 1)
-        best = np.argsort(-rows, axis=-1, kind="stable")[:, :classes]
-        texts = [[self._class_text(row[index], index) for index in order] for row, order in zip(rows, best)]
-        return np.array(texts, dtype=object).reshape(*scores.shape[:-1], -1)
+        if scores.dtype.kind == "f" and not np.isfinite(scores).all():
+            raise InferenceFailed("The model answered NaN or infinite scores, which have no order.")
+        scores = np.atleast_1d(scores)
+        best = np.argsort(-scores.astype(np.float64), axis=-1, kind="stable")[..., :classes]
+        texts = np.empty(best.size, dtype=object)
+        texts[:] = list(map(self._class_text, np.take_along_axis(scores, best, axis=-1).flat, best.flat))
+        return texts.reshape(best.shape)
 
     def _class_text(self, score: Any, index: Any) -> bytes:
         return class_text(float(score), int(index), self.labels).encode()

@@ -37,6 +37,6 @@ def engine_folder(tmp_path: Path) -> Path:
     (folder / "engine.toml").write_text(
         'name = "small"\nmodel = "small.onnx"\n'
         '[calibration]\ndata = "calibration.npz"\nsamples = 48\n'
-        '[validation]\ndata = "validation.npz"\nmin_snr_db = 15.0\n'
+        '[validation]\ndata = "validation.npz"\nmin_snr_db = 15.0\n[batching]\nmax_batch = 2\n'
     )
     return folder

@@ -36,10 +36,10 @@ def conv_net(*, batch: int | str = "N", seed: int = 0) -> ModelProto:
     draw = np.random.default_rng(seed)
 
     def weight(*shape: int) -> Array:
-        return (draw.normal(size=shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+        return np.asarray(draw.normal(size=shape) / np.sqrt(np.prod(shape[1:])), np.float32)
 
     node = helper.make_node
-    pads = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}
+    pads: dict[str, Any] = {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}
     nodes = [
         node("Conv", ["image", "w1", "b1"], ["c1"], "conv1", **pads),
         node("Relu", ["c1"], ["r1"], "relu1"),

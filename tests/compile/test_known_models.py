@@ -14,6 +14,7 @@ from edge_sdk.compile.pipeline import build_engine
 from edge_sdk.compile.verify import Evaluation, evaluate
 from edge_sdk.package import EnginePackage
 from edge_sdk.profiles import DeviceProfile, Machine
+from edge_sdk.tensors import Array
 
 BGR = 'color = "BGR"\nmean = [104.0, 117.0, 123.0]\n'
 IMAGENET = f'color = "RGB"\nscale = {1 / 255}\nmean = [0.485, 0.456, 0.406]\nstd = [0.229, 0.224, 0.225]\n'
@@ -97,7 +98,9 @@ def test_stateful_model_with_control_flow(tmp_path: Path, shared: Path, cpu: Dev
     expected = json.loads((shared / "models" / "silero-vad-expected.json").read_text())["probabilities"]
     with wave.open(str(shared / "audio" / "speech-16k.wav")) as audio:
         samples = np.frombuffer(audio.readframes(audio.getnframes()), "<i2").astype(np.float32) / 32768
-    state, context, found = np.zeros((2, 1, 128), np.float32), np.zeros(64, np.float32), []
+    state: Array = np.zeros((2, 1, 128), np.float32)
+    context: Array = np.zeros(64, np.float32)
+    found = []
     with edge_sdk.load_engine(package) as engine:
         for start in range(0, 512 * len(expected), 512):
             chunk = samples[start : start + 512]

@@ -63,7 +63,7 @@ def test_quantised_graphs_are_left_exactly_as_they_are() -> None:
         helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
         helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
     ]
-    weights = {"s": np.array(0.1, np.float32), "z": np.array(0, np.uint8)}
+    weights: dict[str, Array] = {"s": np.array(0.1, np.float32), "z": np.array(0, np.uint8)}
     graph = model(nodes, {"x": [1, 4]}, {"y": [1, 4]}, weights, opset=13, ir_version=7)
     modern = modern_graph(graph, summarize(graph, "quantised.onnx"))
 

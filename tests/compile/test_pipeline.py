@@ -44,7 +44,7 @@ def test_int8_package_is_whole(engine_folder: Path, cpu: DeviceProfile) -> None:
     assert manifest.measurements.decision.startswith("INT8, as asked: ")
     assert "onnxruntime" in manifest.tools
     assert "logits" == manifest.postprocess.scores
-    assert 8 == manifest.batching.max_batch
+    assert 2 == manifest.batching.max_batch
     assert json.loads(package.read("report.json"))["model"]["opsets"] == {"": 17}
     assert manifest.measurements.decision in package.read("report.md").decode()
 

@@ -15,8 +15,8 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from edge_sdk.backends.onnxruntime import OnnxRuntimeBackend
 from edge_sdk.compile.calibrate import Range, observe
 from edge_sdk.compile.datasets import Sample
-from edge_sdk.compile.modernize import modern_graph
 from edge_sdk.compile.inspect import summarize
+from edge_sdk.compile.modernize import modern_graph
 from edge_sdk.compile.quantize import activation_levels, place, quantized
 from edge_sdk.errors import ModelError
 from edge_sdk.profiles import DeviceProfile, Quantization

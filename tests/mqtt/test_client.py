@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -326,7 +327,7 @@ def test_a_device_that_restarts_is_waited_for(device: Device, client: Connect) -
     ask.infer("m", b"x")
     dev.__exit__()
     future = ask.submit("m", b"xyz")
-    with pytest.raises(TimeoutError):
+    with pytest.raises(concurrent.futures.TimeoutError):
         future.result(0.8)
 
     with Responder(PahoTransport(), dev.options, device=dev.topics.device):
@@ -439,9 +440,7 @@ def test_the_only_device_online_is_the_default(tmp_path: Path, version: MqttVers
 @pytest.mark.parametrize("keeps_sessions", [True, False], ids=["persistent", "forgetful"])
 def test_a_broker_that_dies_costs_no_request(tmp_path: Path, version: MqttVersion, keeps_sessions: bool) -> None:
     """200 requests in flight, the broker killed and restarted twice: every one is answered, once, correctly."""
-    settings = (
-        {} if keeps_sessions else {"persistence": "false", "autosave_on_changes": None, "autosave_interval": None}
-    )
+    settings = {} if keeps_sessions else {"persistence": "false"}
     with running_mosquitto(tmp_path, **settings) as broker:
         options = ConnectOptions(
             "127.0.0.1", broker.port, "dev", version=version, clean_start=False, session_expiry_s=600

@@ -83,7 +83,8 @@ class Driver:
         """Connect; the event that CONNECT led to."""
         self.options = dataclasses.replace(self.options, **changes)
         self.transport.open(self.options, timeout_s=5)
-        return self.next(object)
+        event: Event = self.next(object)
+        return event
 
     def next(self, kind: type[Any], deadline_s: float = 10.0) -> Any:
         """The next event of `kind`; those before it are passed over."""
@@ -97,7 +98,7 @@ class Driver:
             self.events += self.transport.poll(0.05)
             return None
 
-        return eventually(look, f"{kind.__name__}; so far: {[str(e)[:200] for e in self.events]}", deadline_s)
+        return eventually(look, f"a {kind.__name__}; {len(self.events)} events so far", deadline_s)
 
     def silent(self, kind: type[Any], during_s: float = 0.3) -> bool:
         """Whether no event of `kind` comes for a while."""

@@ -37,8 +37,9 @@ def test_a_new_session_is_connected_without_a_past(kind: Kind, connect: Connect)
     """Connected tells that the broker knew nothing of a client that comes for the first time."""
     driver = connect("newcomer", clean_start=True)
 
-    assert [Connected] == [type(event) for event in driver.events]
-    assert False is driver.events[0].session_present
+    (event,) = driver.events
+    assert isinstance(event, Connected)
+    assert False is event.session_present
 
 
 def test_a_message_arrives_whole(kind: Kind, connect: Connect) -> None:
@@ -106,6 +107,19 @@ def test_messages_that_waited_together_come_together(kind: Kind, connect: Connec
     assert len(polls) <= 2, polls
 
 
+def test_a_flood_comes_through_to_its_end(kind: Kind, connect: Connect) -> None:
+    """More messages than one poll hands out, waiting together: the next polls bring the rest, without new traffic."""
+    driver, sender = connect("one", "t", receive_maximum=1000), connect("two")
+    for i in range(300):
+        sender.transport.publish(Message("t", str(i).encode()))
+    for _ in range(300):
+        sender.next(Acknowledged)
+
+    came = [driver.next(Received).message.payload for _ in range(300)]
+
+    assert [str(i).encode() for i in range(300)] == came
+
+
 def test_nothing_is_acknowledged_unasked(kind: Kind, connect: Connect) -> None:
     """A message that was not acknowledged comes again on the next connection, in order, marked as a duplicate."""
     _needs_redelivery(kind)
@@ -121,7 +135,8 @@ def test_nothing_is_acknowledged_unasked(kind: Kind, connect: Connect) -> None:
     connected = driver.open()
     again = [driver.next(Received) for _ in range(2)]
 
-    assert connected.session_present
+    assert isinstance(connected, Connected)
+    assert True is connected.session_present
     assert [b"b", b"c"] == [received.message.payload for received in again]
     assert [True, True] == [received.duplicate for received in again]
     assert [first[0].connection + 1] * 2 == [received.connection for received in again]
@@ -232,17 +247,39 @@ def test_large_payloads_make_the_round_trip(kind: Kind, connect: Connect) -> Non
     assert payloads == received
 
 
-@pytest.mark.parametrize("size", [*range(118, 136), 16_380, 16_384, 65_535, 262_140, 262_144, 262_150])
-def test_packets_of_every_header_length(kind: Kind, connect: Connect, size: int) -> None:
+def test_packets_of_every_header_length(kind: Kind, connect: Connect) -> None:
     """Sizes around which the remaining length takes one more byte, or the receive buffer ends, are nothing special."""
-    if "paho" not in kind.name or "amqtt" in kind.name:
-        pytest.skip("one real broker in each version is enough for arithmetic")
+    sizes = [*range(100, 136), *range(16_364, 16_390), 65_535, 262_120, 262_140, 262_144, 262_150]
     driver = connect("one", "t")
 
-    for payload in (b"x" * size, b"y" * size):
-        driver.transport.publish(Message("t", payload))
+    for size in sizes:
+        driver.transport.publish(Message("t", b"x" * size))
+    came = []
+    for _ in sizes:
+        received = driver.next(Received)
+        driver.transport.acknowledge(received)
+        came.append(len(received.message.payload))
 
-    assert [size, size] == [len(driver.next(Received).message.payload) for _ in range(2)]
+    assert sizes == came
+
+
+def test_the_broker_keeps_to_our_receive_maximum(kind: Kind, connect: Connect) -> None:
+    """MQTT 5: no more unacknowledged messages come than we asked for; each acknowledgement lets one follow."""
+    if kind.version != 5:
+        pytest.skip("MQTT 3.1.1 knows no receive maximum")
+    driver = connect("one", "t", receive_maximum=3)
+
+    for i in range(5):
+        driver.transport.publish(Message("t", bytes([i])))
+    first = [driver.next(Received) for _ in range(3)]
+    held = driver.silent(Received)
+    driver.transport.acknowledge(first[0])
+    fourth = driver.next(Received)
+
+    assert held
+    assert b"\3" == fourth.message.payload
+    # mosquitto 2.0.11 lets two follow the first acknowledgement: its promise is not ours to test.
+    assert "memory" not in kind.name or driver.silent(Received, 0.1)
 
 
 def test_wake_ends_a_poll(kind: Kind, connect: Connect) -> None:
@@ -383,14 +420,14 @@ def test_nagle_is_off(kind: Kind, connect: Connect) -> None:
 
 
 def test_an_idle_connection_stays(kind: Kind, connect: Connect) -> None:
-    """Polling alone keeps the connection past three keepalives, also for who polls in long waits."""
+    """Polling alone keeps the connection past two keepalives, also for who polls in long waits."""
     if "memory" in kind.name:
         pytest.skip("the broker in memory hangs up on nobody")
     driver = connect("one", keepalive_s=1)
 
     begun = time.monotonic()
-    while time.monotonic() - begun < 3.2:
-        driver.events += driver.transport.poll(3.3)
+    while time.monotonic() - begun < 2.6:
+        driver.events += driver.transport.poll(2.7)
 
     assert driver.silent(Closed, 0.1)
     driver.transport.publish(Message("t", b""))
@@ -400,7 +437,12 @@ def test_an_idle_connection_stays(kind: Kind, connect: Connect) -> None:
 def test_one_writer_of_many_threads_may_wake(kind: Kind, connect: Connect) -> None:
     """Wakes from many threads at once neither block nor get lost."""
     driver = connect()
-    threads = [threading.Thread(target=lambda: [driver.transport.wake() for _ in range(1000)]) for _ in range(4)]
+
+    def wake_often() -> None:
+        for _ in range(1000):
+            driver.transport.wake()
+
+    threads = [threading.Thread(target=wake_often) for _ in range(4)]
 
     for thread in threads:
         thread.start()

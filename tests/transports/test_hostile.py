@@ -19,6 +19,7 @@ from edge_sdk.mqtt.transports.base import (
     Closed,
     Connected,
     ConnectOptions,
+    Event,
     Message,
     MqttVersion,
     Properties,
@@ -345,7 +346,7 @@ def test_the_memory_broker_refuses_too() -> None:
     broker = MemoryBroker(versions=[4], users={"known": "secret"})
     options = ConnectOptions("memory", 1883, "c", version=5)
 
-    events = []
+    events: list[Event] = []
     for version, password in ((5, "secret"), (4, "guess"), (4, "secret")):
         transport = broker.transport()
         changed: MqttVersion = 5 if version == 5 else 4

@@ -257,6 +257,7 @@ class PahoTransport:
     def poll(self, timeout_s: float) -> Sequence[Event]:
         now = time.monotonic()
         give_up_at = now + timeout_s
+        woken = False
         while True:
             if self._sock is not None:
                 try:
@@ -314,8 +315,8 @@ class PahoTransport:
             inbox.filled(count)
             bytes_left -= count
             messages_left = self._take_packets(messages_left)
-            if count < len(room) and not self._tls:
-                return  # the kernel had no more
+            if messages_left > 0 and count < len(room) and not self._tls:
+                return  # the kernel had no more, and neither has the inbox
         self._more = self._sock is not None
 
     def _take_packets(self, limit: int) -> int:

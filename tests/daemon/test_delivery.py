@@ -1,0 +1,116 @@
+"""Nothing accepted is lost: the daemon or the broker is killed while requests run, and every caller has its answer."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from edge_sdk.bench import in_process
+from edge_sdk.mqtt.client import Client
+from edge_sdk.package import EnginePackage
+from edge_sdk.tasks.base import Payload
+from edge_sdk.tasks.oip import decode_response
+from tests.brokers import MOSQUITTO, Broker, running_mosquitto
+from tests.daemon.processes import DEVICE, running_daemon
+
+REQUESTS = 1_000
+
+
+@pytest.fixture(scope="module")
+def expected(digits: EnginePackage, pictures: list[Path]) -> list[list[object]]:
+    """What the package answers to each picture, in this process."""
+    with in_process(digits) as submit:
+        bodies = [submit(Payload(picture.read_bytes())).result() for picture in pictures]
+    return [decode_response(body.data).extra["predictions"] for body in bodies]
+
+
+@pytest.fixture
+def durable_broker(tmp_path: Path) -> Iterator[Broker]:
+    """mosquitto that loses nothing when it is killed: every change is saved at once."""
+    if MOSQUITTO is None:
+        pytest.skip("mosquitto is not installed")
+    with running_mosquitto(tmp_path) as started:
+        yield started
+
+
+def ask_while(
+    disturb: Callable[[], None], client: Client, pictures: list[Path], expected: list[list[object]], pace_s: float
+) -> None:
+    """Ask REQUESTS times, `disturb` again and again meanwhile; every answer comes once and is the expected one."""
+    done = threading.Event()
+
+    def keep_disturbing() -> None:
+        while not done.is_set():
+            disturb()
+
+    contents = [picture.read_bytes() for picture in pictures]
+    disturbing = threading.Thread(target=keep_disturbing)
+    disturbing.start()
+    try:
+        futures = []
+        for number in range(REQUESTS):
+            futures.append(client.submit("digits", contents[number % len(contents)]))
+            time.sleep(pace_s)  # spread over several disturbances
+        answers = [future.result() for future in futures]
+    finally:
+        done.set()
+        disturbing.join()
+
+    assert REQUESTS == len(answers)
+    for number, answer in enumerate(answers):
+        wanted = expected[number % len(expected)]
+        assert wanted[0]["index"] == answer.predictions[0].index  # type: ignore[index]
+
+
+@pytest.mark.timeout(240)
+def test_killing_the_daemon_loses_no_request(
+    broker: Broker, digits: EnginePackage, pictures: list[Path], expected: list[list[object]], tmp_path: Path
+) -> None:
+    """kill -9 at random moments while 1,000 requests run: all answered, all correct, each once."""
+    draw = random.Random(7)
+    kills = 0
+    with (
+        running_daemon(digits.path.parent, broker.url, tmp_path, device="victim") as daemon,
+        Client(broker.url, device="victim", timeout_s=90) as client,
+    ):
+        daemon.wait_for_state(client, "digits", "READY")
+
+        def kill_and_start() -> None:
+            nonlocal kills
+            time.sleep(draw.uniform(0.2, 1.5))  # a random moment, not a state that is waited for
+            daemon.kill()
+            daemon.start()
+            kills += 1
+
+        ask_while(kill_and_start, client, pictures, expected, pace_s=0.01)
+
+    assert kills >= 3
+
+
+@pytest.mark.timeout(240)
+def test_restarting_the_broker_loses_no_request(
+    durable_broker: Broker, digits: EnginePackage, pictures: list[Path], expected: list[list[object]], tmp_path: Path
+) -> None:
+    """The broker is stopped and killed in turn while 1,000 requests run: all answered, all correct, each once."""
+    draw = random.Random(8)
+    restarts = 0
+    with (
+        running_daemon(digits.path.parent, durable_broker.url, tmp_path, ready=["digits"]),
+        Client(durable_broker.url, device=DEVICE, timeout_s=90) as client,
+    ):
+
+        def restart() -> None:
+            nonlocal restarts
+            time.sleep(draw.uniform(1.0, 3.0))
+            (durable_broker.kill if restarts % 2 else durable_broker.stop)()
+            durable_broker.start()
+            restarts += 1
+
+        ask_while(restart, client, pictures, expected, pace_s=0.01)
+
+    assert restarts >= 2

@@ -1,0 +1,82 @@
+"""An engine in one's own process: checked, kept apart from its caller's arrays, and closed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import edge_sdk
+from edge_sdk.backends import registry
+from edge_sdk.errors import BackendUnavailable, EngineFailed, InvalidTensor, PackageError, PackageMismatch
+from edge_sdk.package import GRAPH, EnginePackage
+from edge_sdk.profiles import Machine
+from tests.packages import make_package, profile, scaling, two_inputs
+
+
+@pytest.fixture
+def doubling(tmp_path: Path) -> EnginePackage:
+    return make_package(tmp_path / "double", scaling(2.0))
+
+
+def test_load_ask_close(doubling: EnginePackage) -> None:
+    """The README's four lines: a package or its path, plain arrays in, named arrays out, closed at the end."""
+    for given in (doubling, str(doubling.path)):
+        with edge_sdk.load_engine(given) as engine:
+            result = engine.infer({"x": np.arange(8, dtype=np.float32).reshape(2, 4).T.copy().T})
+
+            assert [[0, 2, 4, 6], [8, 10, 12, 14]] == result["y"].tolist()
+            assert ("x", "y") == (engine.inputs[0].name, engine.outputs[0].name)
+        with pytest.raises(EngineFailed, match="closed"):
+            engine.infer({"x": np.zeros((1, 4), np.float32)})
+
+
+def test_results_are_the_callers(doubling: EnginePackage) -> None:
+    """What one call gave back is untouched by the next."""
+    with edge_sdk.load_engine(doubling) as engine:
+        first = engine.infer({"x": np.ones((1, 4), np.float32)})["y"]
+        engine.infer({"x": np.zeros((1, 4), np.float32)})
+
+        assert [[2, 2, 2, 2]] == first.tolist()
+
+
+def test_lists_are_arrays_too(tmp_path: Path) -> None:
+    """Anything numpy takes is taken, and judged by its dtype."""
+    with edge_sdk.load_engine(make_package(tmp_path / "two", two_inputs())) as engine:
+        a, b = np.array([[1, 2, 3]], np.float32), np.array([[1, 1, 1]], np.float32)
+
+        assert [[0, 1, 2]] == engine.infer({"a": a, "b": b})["difference"].tolist()
+        with pytest.raises(InvalidTensor, match="'a' came as FP64"):
+            engine.infer({"a": [[1.0, 2.0, 3.0]], "b": b})
+        with pytest.raises(InvalidTensor, match="'b' is missing"):
+            engine.infer({"a": a})
+
+
+def test_a_package_for_another_machine_is_refused(doubling: EnginePackage) -> None:
+    """PackageMismatch carries every reason, for a program to read."""
+    other = dataclasses.replace(Machine.read(), architecture="riscv64")
+    with pytest.raises(PackageMismatch, match="does not fit") as caught:
+        registry.load_engine(doubling, other)
+
+    assert doubling.mismatches(other) == caught.value.reasons
+
+
+def test_an_altered_graph_is_not_loaded(doubling: EnginePackage) -> None:
+    """The digest is checked on the bytes that are loaded."""
+    (doubling.path / GRAPH).write_bytes(scaling(3.0).SerializeToString())
+    with pytest.raises(PackageError, match="altered"):
+        edge_sdk.load_engine(doubling)
+
+
+def test_a_backend_that_does_not_exist_is_named() -> None:
+    """BackendUnavailable names what there is, and a profile's order is followed past what is not here."""
+    with pytest.raises(BackendUnavailable, match="no backend 'abacus'"):
+        registry.backend("abacus")
+
+    assert "onnxruntime" == registry.backend_for(
+        profile().model_copy(update={"backends": ("tensorrt", "onnxruntime")})
+    ).name
+    with pytest.raises(BackendUnavailable, match="Nothing here can run"):
+        registry.backend_for(profile().model_copy(update={"backends": ("abacus",)}))

@@ -1,0 +1,169 @@
+"""Engine packages: whole or refused, exchanged in one step, and never trusted further than their digests."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_sdk.errors import PackageError
+from edge_sdk.package import GRAPH, LABELS, MANIFEST, EnginePackage, package_folders, writing
+from edge_sdk.profiles import Machine
+from tests.packages import ARCHITECTURE, make_package, scaling
+
+Change = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> EnginePackage:
+    return make_package(tmp_path / "double", scaling(), labels=("a", "b"))
+
+
+def rewrite(package: EnginePackage, change: Change) -> None:
+    """Change the manifest behind the package's back."""
+    file = package.path / MANIFEST
+    data = json.loads(file.read_text(encoding="utf-8"))
+    change(data)
+    file.write_text(json.dumps(data), encoding="utf-8")
+
+
+def test_a_round_trip(package: EnginePackage) -> None:
+    """What is sealed is read: manifest, graph and labels, and the same package has the same digest."""
+    again = EnginePackage.open(package.path)
+    again.verify()
+
+    assert package == again
+    assert scaling().SerializeToString() == again.read(GRAPH)
+    assert ("a", "b") == again.labels()
+    assert ("double", "1", "double 1 (fp32") == (again.name, again.version, str(again).split(",", maxsplit=1)[0])
+
+
+def test_a_key_of_a_newer_release_is_ignored(package: EnginePackage) -> None:
+    """Minor releases may add to the manifest, at any depth, and older readers go on reading."""
+    rewrite(package, lambda data: data.update(novelty={"a": 1}))
+    rewrite(package, lambda data: data["batching"].update(novelty=1))
+
+    assert package.manifest == EnginePackage.open(package.path).manifest
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda path: (path / MANIFEST).unlink(), "not an engine package"),
+        (lambda path: (path / MANIFEST).write_bytes(b""), "not JSON"),
+        (lambda path: (path / MANIFEST).write_bytes(b"\xff\xfe"), "not JSON"),
+        (lambda path: (path / MANIFEST).write_bytes(b"[" * 200_000), "not JSON"),
+        (lambda path: (path / MANIFEST).write_bytes(b"[]"), "format None"),
+        (lambda path: (path / MANIFEST).write_bytes(b'{"format": 2}'), "format 2"),
+        (lambda path: (path / MANIFEST).write_bytes(b'{"format": 1}'), "`name` is missing"),
+        (lambda path: (path / GRAPH).unlink(), f"{GRAPH} cannot be read"),
+        (lambda path: (path / GRAPH).write_bytes(b"x"), "altered after the build"),
+        (lambda path: (path / LABELS).write_bytes(b"b\na\n"), "altered after the build"),
+    ],
+)
+def test_damage_is_found(package: EnginePackage, damage: Callable[[Path], object], complaint: str) -> None:
+    """A missing, broken or altered file is a PackageError that names it, and nothing is half-loaded."""
+    damage(package.path)
+    with pytest.raises(PackageError, match=complaint):
+        EnginePackage.open(package.path).verify()
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/dev/zero", "", "..", "a/b", "a\0b"])
+def test_a_manifest_names_no_file_elsewhere(package: EnginePackage, name: str) -> None:
+    """A hostile manifest cannot make the device read outside the package."""
+    rewrite(package, lambda data: data["files"].update({name: {"sha256": "0" * 64, "bytes": 1}}))
+    with pytest.raises(PackageError, match="lie in its own folder"):
+        EnginePackage.open(package.path)
+
+
+def test_a_file_that_is_not_listed_is_not_read(package: EnginePackage) -> None:
+    """Only what the manifest vouches for is part of the package."""
+    (package.path / "extra").write_bytes(b"x")
+    with pytest.raises(PackageError, match="no file 'extra'"):
+        package.read("extra")
+
+
+@pytest.mark.parametrize("interruption", [ValueError, KeyboardInterrupt])
+def test_an_interrupted_write_leaves_nothing_behind(package: EnginePackage, interruption: type[BaseException]) -> None:
+    """The old package stays, and no half-written folder beside it."""
+    with pytest.raises(interruption), writing(package.path) as folder:
+        (folder / GRAPH).write_bytes(b"half")
+        raise interruption
+
+    assert [package.path] == list(package.path.parent.iterdir())
+    EnginePackage.open(package.path).verify()
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """A file where a folder should be is a PackageError with the way out."""
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(PackageError, match="--output"), writing(tmp_path / "file" / "package"):
+        pass
+
+
+def test_replacing_a_package_is_one_step_for_a_reader(tmp_path: Path) -> None:
+    """While one thread replaces a package, a reader finds one at every moment, old or new, and never a mixture.
+
+    A reader whose look straddles the exchange holds the old manifest and meets the new files: their digests differ, so
+    it is refused, and finds a whole package when it looks again. With the folder held open it does not even see that.
+    """
+    folder = tmp_path / "double"
+    make_package(folder, scaling(0.0), version="0")
+    digests: dict[str, str] = {}
+    straddled = looks = 0
+    writer = threading.Thread(
+        target=lambda: [make_package(folder, scaling(float(n)), version=str(n)) for n in range(1, 51)]
+    )
+    writer.start()
+    while writer.is_alive() or looks == 0:
+        looks += 1
+        seen = EnginePackage.open(folder)  # at any moment there is one, and it is sound
+        digests.setdefault(seen.version, seen.digest)
+        assert digests[seen.version] == seen.digest
+        try:
+            graph = seen.read(GRAPH)
+        except PackageError:
+            straddled += 1
+            assert seen.digest != EnginePackage.open(folder).digest
+        else:
+            assert scaling(float(seen.version)).SerializeToString() == graph
+    writer.join()
+
+    assert "50" == EnginePackage.open(folder).version
+    assert [folder] == list(tmp_path.iterdir())
+    assert straddled < looks
+
+
+def test_mismatches_are_reasons(package: EnginePackage) -> None:
+    """No reason on a machine of its architecture; on another, a sentence that names both."""
+    here = dataclasses.replace(Machine.read(), architecture=ARCHITECTURE)
+    elsewhere = dataclasses.replace(here, architecture="riscv64")
+
+    assert () == package.mismatches(here)
+    assert [True] == [ARCHITECTURE in reason and "riscv64" in reason for reason in package.mismatches(elsewhere)]
+
+
+@pytest.mark.parametrize("layout", ["", "double", "double/1", "double/build/cpu-x86"])
+def test_packages_are_found_where_people_put_them(tmp_path: Path, layout: str) -> None:
+    """Itself, `<name>`, `<name>/<version>` and `<name>/build/<profile>`; hidden folders are somebody's half work."""
+    folder = tmp_path / "engines"
+    make_package(folder / layout, scaling(), name="double")
+    make_package(folder / ".hidden" / "double", scaling())
+    make_package(folder / "too" / "deep" / "for" / "us", scaling())
+
+    assert [folder / layout] == package_folders(folder)
+
+
+def test_nothing_is_left_open(package: EnginePackage) -> None:
+    """Reading and replacing packages all day uses up no file descriptors."""
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        make_package(package.path, scaling()).verify()
+
+    assert before == len(os.listdir("/proc/self/fd"))

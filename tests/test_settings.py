@@ -1,0 +1,138 @@
+"""Settings: file, environment and command line in their order; what is wrong is named; secrets stay secret."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_sdk.errors import SettingsError
+from edge_sdk.mqtt.topics import is_device_name
+from edge_sdk.settings import CREDENTIAL, Settings, default_device, load_settings
+
+FILE = """
+device = "from-file"
+engines = "models"
+reply_prefixes = ["plant/"]
+[broker]
+url = "mqtt://file:1884"
+keepalive_s = 10
+[limits]
+max_queue = 7
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    written = tmp_path / "edge-sdk.toml"
+    written.write_text(FILE, encoding="utf-8")
+    return written
+
+
+def test_defaults_stand_alone() -> None:
+    """No file, no environment, no options: settings that name this machine and a local broker."""
+    settings = load_settings(None, environment={})
+
+    assert ("mqtt://localhost:1883", default_device()) == (settings.broker.url, settings.device)
+
+
+def test_the_command_line_wins_over_the_environment_over_the_file(file: Path) -> None:
+    """Each layer overrides key by key; what it leaves unset (None) stays."""
+    environment = {"EDGE_SDK_DEVICE": "from-env", "EDGE_SDK_BROKER__URL": "mqtt://env", "EDGE_SDK_LIMITS__MAX_QUEUE": "8"}
+    overrides = {"device": None, "broker": {"url": "mqtt://option", "username": None}}
+    settings = load_settings(file, overrides, environment)
+
+    assert ("from-env", "mqtt://option", 10, 8) == (
+        settings.device,
+        settings.broker.url,
+        settings.broker.keepalive_s,
+        settings.limits.max_queue,
+    )
+
+
+def test_the_engines_folder_is_relative_to_the_file_that_names_it(file: Path) -> None:
+    """A file can be read from any working directory; an option is relative to the caller's."""
+
+    assert file.parent / "models" == load_settings(file, environment={}).engines
+    assert Path("here") == load_settings(file, {"engines": "here"}, {}).engines
+
+
+def test_lists_in_the_environment_are_separated_by_commas() -> None:
+    """EDGE_SDK_REPLY_PREFIXES=a/,b/ is two prefixes."""
+    settings = load_settings(None, environment={"EDGE_SDK_REPLY_PREFIXES": "a/,b/"})
+
+    assert ("a/", "b/") == settings.reply_prefixes
+
+
+def test_every_key_has_an_environment_variable() -> None:
+    """What the file can say, a variable can: each of them reaches its own key."""
+    defaults = Settings(device="d").model_dump()
+    keys = [(table, key) for table, value in defaults.items() if isinstance(value, dict) for key in value]
+    wrong = {f"EDGE_SDK_{table}__{key}".upper(): "\0" for table, key in keys if isinstance(defaults[table][key], (int, float))}
+    reached = set()
+    for variable, value in wrong.items():
+        with pytest.raises(SettingsError) as caught:
+            load_settings(None, environment={variable: value})
+        reached.add(str(caught.value).split("`")[1])
+
+    assert {f"{table}.{key}" for table, key in keys if isinstance(defaults[table][key], (int, float))} == reached
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("devise = 'x'", "`devise` is not a known key"),
+        ("[broker]\nhost = 'x'", "`broker.host` is not a known key"),
+        ("[broker]\npassword = 'hunter2'", "`broker.password` is not a known key"),
+        ("device = 'a b'", "cannot name a device"),
+        ("root = '/a/'", "topic root"),
+        ("[broker]\nurl = 'http://x'", "mqtt://"),
+        ("[broker]\nurl = 'mqtt://user:hunter2@x'", "use password_file"),
+        ("[broker]\nprotocol = '6'", "`broker.protocol`"),
+        ("[limits]\nmax_queue = 0", r"`limits.max_queue`.*\(it is 0\)"),
+        ("broker = 'mqtt://x'", "`broker`"),
+        ("device = ", "not valid TOML"),
+    ],
+)
+def test_a_bad_file_names_the_key(tmp_path: Path, text: str, complaint: str) -> None:
+    """SettingsError says file, key, what is wrong and what came - but never a password."""
+    written = tmp_path / "edge-sdk.toml"
+    written.write_text(text, encoding="utf-8")
+    with pytest.raises(SettingsError, match=complaint) as caught:
+        load_settings(written, {"broker": {"keepalive_s": 5}}, {})
+
+    assert str(written) in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_the_password_comes_from_a_file_and_is_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`password_file`, else systemd's credential, else none: one line, masked in every repr."""
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    secret = tmp_path / "secret"
+    secret.write_text("hunter2\r\nnot this\n", encoding="utf-8")
+
+    def password(**broker: Any) -> str | None:
+        settings = load_settings(None, {"device": "d", "broker": broker}, {})
+        found = settings.password()
+
+        assert "hunter" not in f"{settings!r} {settings.model_dump()} {found!r} {found}"
+        return found.get_secret_value() if found is not None else None
+
+    assert None is password()
+    assert "hunter2" == password(password_file=secret)
+    (tmp_path / CREDENTIAL).write_text("hunter3", encoding="utf-8")
+    assert "hunter3" == password()
+    assert "hunter2" == password(password_file=secret)
+    with pytest.raises(SettingsError, match="none cannot be read"):
+        password(password_file=tmp_path / "none")
+
+
+def test_the_default_device_is_a_name_and_stays_the_same() -> None:
+    """It can stand in a topic, and the machine id itself is not in it."""
+    machine_id = Path("/etc/machine-id")
+
+    assert is_device_name(default_device())
+    assert default_device() == default_device()
+    if machine_id.is_file() and (private := machine_id.read_text(encoding="ascii").strip()):
+        assert private not in default_device()
