@@ -349,7 +349,9 @@ def serve(config: Path | None, engines: Path | None, broker: str | None, device:
     form = "%(levelname)s %(message)s" if under_systemd else "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(stream=sys.stderr, format=form)
     logging.getLogger("edge_sdk").setLevel(settings.log_level.upper())
-    sys.exit(Daemon(settings, PahoTransport(), reread=read).run())
+    code = Daemon(settings, PahoTransport(), reread=read).run()
+    logging.shutdown()
+    os._exit(code)  # everything is closed; a thread still inside a runtime's native code must not make this an abort
 
 
 @main.command(short_help="Ask a model something.")

@@ -414,7 +414,7 @@ class Daemon:
             self._turn(taking=False)
         self._transport.close()
         left = self._service.waiting()
-        self._service.stop(limit_s=1.0)
+        self._service.stop(limit_s=2.0)
         log.info("Stopped%s.", f"; {left} requests were handed back to the broker" if left else "")
         return 0
 

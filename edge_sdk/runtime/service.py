@@ -66,6 +66,7 @@ class Service:
         self._inline_s = inline_ms / 1000
         self._clock = clock
         self._models: dict[Key, ServedModel] = {}  # replaced as a whole, never changed: readers need no lock
+        self._stopping = False
         self._followed = False  # whether the folder has been read and loaded once
         self._orders: queue.SimpleQueue[Callable[[], Sequence[Entry]] | None] = queue.SimpleQueue()
         self._loader = threading.Thread(target=self._follow_orders, name="edge-sdk-loader", daemon=True)
@@ -146,11 +147,13 @@ class Service:
             if not self.run_quick():
                 time.sleep(0.002)
         finished = not self.waiting()
+        self._stopping = True
         self._orders.put(None)
         for model in self._models.values():
             model.retire()
         for model in self._models.values():
             model.join(max(0.0, deadline - self._clock()))
+        self._loader.join(max(0.0, deadline - self._clock()))
         return finished
 
     def _find(self, request: Request) -> ServedModel:
@@ -176,6 +179,8 @@ class Service:
         while (find := self._orders.get()) is not None:
             try:
                 for entry in find():
+                    if self._stopping:
+                        return
                     self._load(entry, self._models[entry.key])
                     self._on_change()
             except Exception:

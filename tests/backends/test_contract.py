@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
@@ -165,17 +164,13 @@ def test_a_stateful_model(backend: Backend) -> None:
     assert [[3, 3]] == outputs["total"].tolist()
 
 
-@pytest.mark.parametrize(
-    ("feeds", "reason"),
-    [({"x": np.zeros((1, 5), np.float32)}, "wrong shape"), ({}, "no input"), ({"z": rows(1)}, "wrong name")],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_what_the_runtime_refuses_is_engine_failed(engine: Engine, feeds: dict[str, Any], reason: str) -> None:
-    """Whatever the runtime raises is translated, and the engine goes on working."""
-    with pytest.raises(EngineFailed):
-        engine.infer(feeds)
+def test_what_the_runtime_refuses_is_engine_failed(engine: Engine) -> None:
+    """Whatever the runtime raises is translated, and the engine goes on working. (Shapes are checked before.)"""
+    for feeds in ({}, {"z": rows(1)}):
+        with pytest.raises(EngineFailed, match="could not run the graph"):
+            engine.infer(feeds)
 
-    assert (rows(1) * 2).tolist() == engine.infer({"x": rows(1)})["y"].tolist(), reason
+    assert (rows(1) * 2).tolist() == engine.infer({"x": rows(1)})["y"].tolist()
 
 
 def test_memory_that_is_not_there_is_out_of_memory(backend: Backend) -> None:

@@ -304,7 +304,7 @@ def test_mosquitto_pub_and_sub(version: str, broker: Broker, daemon: DaemonProce
     run("mosquitto_pub", "-V", version, "-p", port, "-t", f"{MODEL}/infer", "-q", "1", "-f", str(seven))
 
     body = json.loads(next(line for line in listening.stdout if line.startswith("{")))
-    listening.wait(15)
+    listening.communicate(timeout=15)
 
     assert body["predictions"][0]["label"] == "7"
 
