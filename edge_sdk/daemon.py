@@ -31,7 +31,7 @@ from edge_sdk.errors import EdgeSdkError, IdReused, ProfileError, RequestError, 
 from edge_sdk.mqtt import presence
 from edge_sdk.mqtt.address import connect_options
 from edge_sdk.mqtt.backoff import SESSION_TAKEN_OVER, Backoff
-from edge_sdk.mqtt.codec import Codec, packet_size
+from edge_sdk.mqtt.codec import Codec
 from edge_sdk.mqtt.negotiation import Negotiation
 from edge_sdk.mqtt.session import Acknowledge, Publish, ReplyRoute, Session
 from edge_sdk.mqtt.topics import Topics
@@ -49,6 +49,7 @@ from edge_sdk.mqtt.transports.base import (
     Transport,
     Will,
 )
+from edge_sdk.mqtt.transports.packets import publish_size
 from edge_sdk.notify import Notifier, watchdog_interval_s
 from edge_sdk.profiles import DeviceProfile, Machine, detect, load_profile, load_profiles
 from edge_sdk.runtime.batching import QueueLimits
@@ -94,7 +95,10 @@ class Daemon:
             timeout_s=settings.limits.request_timeout_s,
             reply_prefixes=settings.reply_prefixes,
         )
-        self._session = Session(packet_size=packet_size, too_large=self._codec.too_large)
+        self._session = Session(
+            packet_size=lambda message: publish_size(message, self._negotiation.version),
+            too_large=self._codec.too_large,
+        )
         self._negotiation = Negotiation(settings.broker.protocol)
         self._backoff = Backoff()
         machine = Machine.read()
@@ -191,7 +195,7 @@ class Daemon:
         try:
             if intake.fate == "reused":
                 raise IdReused("This id was used before, with another payload.", fix="Give each request its own.")
-            request = self._codec.request(message, address, intake.ticket, now)
+            request = self._codec.request(event, address, intake.ticket, now)
         except RequestError as exc:
             self._answers.append(Answer(intake.ticket, exc))
             return

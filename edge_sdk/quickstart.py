@@ -24,6 +24,7 @@ from edge_sdk.compile.pipeline import build
 from edge_sdk.errors import BackendError, NoAnswer
 from edge_sdk.mqtt.broker import start_broker
 from edge_sdk.mqtt.client import Client
+from edge_sdk.mqtt.negotiation import ProtocolSetting
 from edge_sdk.package import EnginePackage, Measurements
 from edge_sdk.spec import EngineSpec, load_spec
 from edge_sdk.tasks.base import Payload
@@ -84,16 +85,17 @@ def run(*, broker: str | None, seconds: float, say: Callable[[str], None], quiet
         if broker is None:
             started = stack.enter_context(start_broker())
             kind: str
-            broker, kind = started.url, f"{started.kind} on loopback"
+            protocol: ProtocolSetting
+            broker, protocol, kind = started.url, started.protocol, f"{started.kind} on loopback"
         else:
-            kind = broker
+            kind, protocol = broker, "auto"
         say(f"Broker: {kind}, {broker}")
         spec = load_spec(resources.EXAMPLES / "digits")
         package = _built(spec, quiet)
         say(f"Package: {package.path}")
         log = package.path.parent / "daemon.log"
-        daemon = stack.enter_context(_daemon(package.path.parent, broker, log))
-        with Client(broker, device=DEVICE) as client:
+        daemon = stack.enter_context(_daemon(package.path.parent, broker, protocol, log))
+        with Client(broker, device=DEVICE, protocol=protocol) as client:
             _wait_until_ready(client, package.name, daemon, log)
             say("Daemon: ready; asking it over MQTT")
             return _asked(client, package, spec, kind, seconds)
@@ -107,11 +109,16 @@ def _built(spec: EngineSpec, quiet: bool) -> EnginePackage:
 
 
 @contextmanager
-def _daemon(engines: Path, broker: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _daemon(engines: Path, broker: str, protocol: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The real daemon, as a process that ends with this block; what it says goes to `log`."""
     command = [sys.executable, "-m", "edge_sdk", "serve", "--engines", str(engines), "--broker", broker]
     with log.open("wb") as stderr:
-        process = subprocess.Popen([*command, "--device", DEVICE], stderr=stderr, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*command, "--device", DEVICE],
+            stderr=stderr,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "EDGE_SDK_BROKER__PROTOCOL": protocol},
+        )
     try:
         yield process
     finally:

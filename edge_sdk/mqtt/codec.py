@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from edge_sdk.errors import Malformed, RequestError, TooLarge, UnsupportedType
 from edge_sdk.mqtt.session import ReplyRoute
 from edge_sdk.mqtt.topics import MAX_RESPONSE_TOPIC_BYTES, InferTopic, Topics
-from edge_sdk.mqtt.transports.base import Message, Properties
+from edge_sdk.mqtt.transports.base import Message, Properties, Received
 from edge_sdk.runtime.messages import Answer, Request
 from edge_sdk.tasks.base import JSON, Body, Payload
 from edge_sdk.tasks.oip import dump_json
@@ -47,13 +47,12 @@ class Codec:
         identifies = address.client is not None or properties.correlation_data is not None
         return ReplyRoute(topic, properties.correlation_data, identifies)
 
-    def request(self, message: Message, address: InferTopic, ticket: int, now: float) -> Request:
-        """The request in `message`; raises Malformed, TooLarge or UnsupportedType."""
-        properties = message.properties
-        if len(message.payload) > self.max_payload_bytes:
-            raise TooLarge(
-                f"The payload has {len(message.payload):,} bytes; this device takes {self.max_payload_bytes:,}."
-            )
+    def request(self, received: Received, address: InferTopic, ticket: int, now: float) -> Request:
+        """The request in a message; raises Malformed, TooLarge or UnsupportedType."""
+        message, properties = received.message, received.message.properties
+        payload_bytes = received.skipped_bytes or len(message.payload)
+        if payload_bytes > self.max_payload_bytes:
+            raise TooLarge(f"The payload has {payload_bytes:,} bytes; this device takes {self.max_payload_bytes:,}.")
         if properties.correlation_data is not None and not 0 < len(properties.correlation_data) <= MAX_CORRELATION:
             raise Malformed(
                 f"The correlation data has {len(properties.correlation_data)} bytes; 1 to {MAX_CORRELATION} are taken."
@@ -128,19 +127,6 @@ class Codec:
                 return route.correlation_data.hex()
             return text if text.isprintable() else route.correlation_data.hex()
         return self.topics.result_id(route.topic)
-
-
-def packet_size(message: Message) -> int:
-    """An upper bound of the bytes of the PUBLISH that carries `message`."""
-    properties = message.properties
-    texts = (
-        message.topic,
-        properties.response_topic,
-        properties.content_type,
-        *(t for pair in properties.user for t in pair),
-    )
-    text_bytes = sum(len(text.encode()) + 3 for text in texts if text is not None)
-    return len(message.payload) + text_bytes + len(properties.correlation_data or b"") + 32
 
 
 def _media_type(text: str | None) -> str | None:
