@@ -96,7 +96,7 @@ def measure(model: str, models: Path, folder: Path, port: int, rounds: int, seco
         best = built.manifest.batching.best_batch
         print(f"\n{model}: {built}, best batch {best}, threads {built.manifest.backend.threads}", flush=True)
         servers = [
-            stack.enter_context(ours(model, folder / model, port)),
+            stack.enter_context(ours(built.name, folder / model, port)),
             stack.enter_context(naive(models / file, port)),
         ]
         for _ in range(rounds):

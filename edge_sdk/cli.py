@@ -379,6 +379,8 @@ def infer(
     """
     from edge_sdk.asking import ask_device, ask_package
 
+    if local is not None and model is not None:
+        raise click.UsageError("Give either a MODEL to ask over MQTT, or --local PACKAGE.")
     data = sys.stdin.buffer.read() if source == "-" else _read(Path(source))
     if local is not None:
         answered = ask_package(local, data, timeout_s=timeout)
@@ -415,7 +417,7 @@ def bench(
     from edge_sdk.asking import bench_device, bench_package
 
     data = _read(Path(source)) if source is not None else None
-    if broker is None and Path(target).is_dir():
+    if Path(target).is_dir() and not _given("broker"):
         result = bench_package(Path(target), data, concurrency=concurrency, seconds=seconds)
     elif broker is None:
         raise click.UsageError(f"{target} is no package directory; to measure a model over MQTT give --broker URL.")
@@ -461,6 +463,11 @@ def doctor(config: Path | None, broker: str | None, engines: Path | None, as_jso
                 click.echo(f"       -> {finding.fix}")
     if any(finding.level == "fault" for finding in findings):
         sys.exit(4)
+
+
+def _given(option: str) -> bool:
+    """Whether an option was on the command line, rather than in the environment or left at its default."""
+    return click.get_current_context().get_parameter_source(option) is click.core.ParameterSource.COMMANDLINE
 
 
 def _read(file: Path) -> bytes:

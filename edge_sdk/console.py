@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +23,15 @@ def table(rows: Sequence[Sequence[str]], *, indent: int = 0) -> str:
         lines.append((" " * indent + "  ".join(cells)).rstrip())
     lines.insert(1, " " * indent + "  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def program() -> str:
+    """How this program is called from the shell we were started in, for commands that a person is to paste."""
+    script = Path(sys.argv[0])
+    if script.name != "edge-sdk":
+        return f"{shlex.quote(sys.executable)} -m edge_sdk"
+    found = shutil.which("edge-sdk")
+    return "edge-sdk" if found is not None and script.resolve() == Path(found).resolve() else shlex.quote(sys.argv[0])
 
 
 def size(size_bytes: int) -> str:

@@ -14,7 +14,6 @@ It stops like this: take nothing new (what the broker still has, it keeps for us
 from __future__ import annotations
 
 import logging
-import math
 import os
 import secrets
 import signal
@@ -30,9 +29,9 @@ from typing import Any
 from edge_sdk.errors import EdgeSdkError, IdReused, ProfileError, RequestError, SettingsError, TooLarge
 from edge_sdk.mqtt import presence
 from edge_sdk.mqtt.address import connect_options
-from edge_sdk.mqtt.backoff import SESSION_TAKEN_OVER, Backoff
+from edge_sdk.mqtt.backoff import SESSION_TAKEN_OVER
 from edge_sdk.mqtt.codec import Codec
-from edge_sdk.mqtt.negotiation import Negotiation
+from edge_sdk.mqtt.reconnection import Reconnection
 from edge_sdk.mqtt.session import Acknowledge, Publish, ReplyRoute, Session
 from edge_sdk.mqtt.topics import Topics
 from edge_sdk.mqtt.transports.base import (
@@ -95,12 +94,11 @@ class Daemon:
             timeout_s=settings.limits.request_timeout_s,
             reply_prefixes=settings.reply_prefixes,
         )
+        self._reconnection = Reconnection(settings.broker.protocol)
         self._session = Session(
-            packet_size=lambda message: publish_size(message, self._negotiation.version),
+            packet_size=lambda message: publish_size(message, self._reconnection.version),
             too_large=self._codec.too_large,
         )
-        self._negotiation = Negotiation(settings.broker.protocol)
-        self._backoff = Backoff()
         machine = Machine.read()
         self._profile = _preferred_profile(settings, machine)
         self._service = Service(
@@ -118,9 +116,7 @@ class Daemon:
         self._stop_requested = False
         self._reload_requested = False
         self._changed = False
-        self._connected = False
         self._announced: dict[str, bytes] = {}
-        self._connect_at = 0.0
         self._stats_at = 0.0
         self._alive_at = 0.0
         self._ready = False
@@ -228,13 +224,12 @@ class Daemon:
     # The connection
 
     def _keep_connected(self, now: float) -> None:
-        if self._connected or now < self._connect_at:
+        if not self._reconnection.due(now):
             return
-        self._connect_at = math.inf  # until this attempt has ended, one way or another
         try:
-            self._transport.open(self._connect_options(), timeout_s=self._negotiation.patience_s(OPEN_TIMEOUT_S))
+            self._transport.open(self._connect_options(), timeout_s=self._reconnection.patience_s(OPEN_TIMEOUT_S))
         except EdgeSdkError as exc:
-            self._try_again(self._backoff.pause_s(), f"waiting for the broker: {exc.problem}")
+            self._tell(f"waiting for the broker: {exc.problem}", self._reconnection.failed(time.monotonic()))
 
     def _connect_options(self) -> ConnectOptions:
         broker = self._settings.broker
@@ -245,7 +240,7 @@ class Daemon:
             client_id=f"edge-sdk-{self._settings.device}",
             username=broker.username,
             password=password.get_secret_value() if password is not None else None,
-            version=self._negotiation.version,
+            version=self._reconnection.version,
             session_expiry_s=broker.session_expiry_s,
             keepalive_s=broker.keepalive_s,
             receive_maximum=broker.receive_maximum,
@@ -255,11 +250,8 @@ class Daemon:
         )
 
     def _on_connected(self, event: Connected) -> None:
-        version = "5" if self._negotiation.version == 5 else "3.1.1"
-        log.info("Connected to %s, MQTT %s.", self._settings.broker.url, version)
-        self._connected = True
-        self._negotiation.connected()
-        self._backoff.connected()
+        self._reconnection.connected(time.monotonic())
+        log.info("Connected to %s, MQTT %s.", self._settings.broker.url, self._reconnection.version_name)
         self._session.connected(event.limits)
         self._transport.subscribe(self._topics.subscriptions(), retained=False)
         self._announced.clear()
@@ -269,32 +261,28 @@ class Daemon:
         refused = [code for code in event.codes if code >= 0x80]
         if refused:
             log.error(
-                "The broker refused a subscription (reason %#04x): requests will not arrive. "
-                "Allow this device to read %s.", refused[0], ", ".join(self._topics.subscriptions()),
+                "The broker refused a subscription (reason %#04x), so requests will not arrive: allow this device to "
+                "read %s.", refused[0], ", ".join(self._topics.subscriptions()),
             )  # fmt: skip
 
     def _on_refused(self, event: Refused) -> None:
-        if self._negotiation.refused(event.code):
-            self._connect_at = 0.0
-            return
-        pause_s = self._backoff.pause_s(refused=True, code=event.code)
-        self._try_again(pause_s, f"the broker refused the connection: {event.reason}")
+        if pause_s := self._reconnection.refused(event.code, time.monotonic()):
+            self._tell(f"the broker refused the connection: {event.reason}", pause_s)
 
     def _on_closed(self, event: Closed) -> None:
-        was_connected, self._connected = self._connected, False
         self._session.closed()
-        if not was_connected and self._negotiation.hung_up():
-            self._connect_at = 0.0
-            return
         reason = f"the connection was lost: {event.reason}"
         if event.code == SESSION_TAKEN_OVER:
             reason = f"another client uses the id edge-sdk-{self._settings.device}; give each daemon its own `device`"
-        self._try_again(self._backoff.pause_s(code=event.code), reason)
+        if pause_s := self._reconnection.closed(event.code, time.monotonic()):
+            self._tell(reason, pause_s)
 
-    def _try_again(self, pause_s: float, why: str) -> None:
+    def _tell(self, why: str, pause_s: float) -> None:
+        """Say why there is no connection: to the log, and to whoever asks systemd."""
         log.warning("%s; trying again in %.1f s.", why[0].upper() + why[1:], pause_s)
-        self._connect_at = time.monotonic() + pause_s
         self._notifier.status(f"Not connected: {why}")
+
+    # What is known about us
 
     def _announce(self) -> None:
         """Publish, retained, what has changed since this connection last heard it."""
@@ -327,7 +315,7 @@ class Daemon:
         if self._reload_requested:
             self._reload_requested = False
             self._reload()
-        if self._changed and self._connected:
+        if self._changed and self._reconnection.is_connected:
             self._changed = False
             self._announce()
             self._perform()
@@ -336,7 +324,7 @@ class Daemon:
             self._notifier.ready(self._status())
         if now >= self._stats_at:
             self._stats_at = now + self._settings.stats_interval_s
-            if self._connected:
+            if self._reconnection.is_connected:
                 stats = self._stats(now)
                 self._publish(
                     Message(
@@ -366,15 +354,13 @@ class Daemon:
     def _status(self) -> str:
         models = self._service.models()
         ready = sum(model.state == "READY" for model in models)
-        return f"{ready} of {len(models)} models ready, {'connected' if self._connected else 'not connected'}"
+        return f"{ready} of {len(models)} models ready, {'connected' if self._reconnection.is_connected else 'not connected'}"
 
     def _pause_s(self, now: float) -> float:
         """How long the next poll may wait for something to happen."""
-        if self._answers or self._stop_requested or (self._changed and self._connected):
+        if self._answers or self._stop_requested or (self._changed and self._reconnection.is_connected):
             return 0.0
-        moments = [now + IDLE_POLL_S, self._stats_at]
-        if not self._connected:
-            moments.append(self._connect_at)
+        moments = [now + IDLE_POLL_S, self._stats_at, self._reconnection.next_at]
         if (quick_at := self._service.wake_at()) is not None:
             moments.append(quick_at)
         return max(0.0, min(moments) - now)
@@ -411,10 +397,10 @@ class Daemon:
         deadline = time.monotonic() + drain_s
         while time.monotonic() < deadline and not self._finished():
             self._turn(taking=False)
-        if self._connected:
+        if self._reconnection.is_connected:
             self._session.announce(Message(self._topics.availability, b"offline", retain=True))
             self._perform()
-        while time.monotonic() < deadline and self._connected and not self._session.idle:
+        while time.monotonic() < deadline and self._reconnection.is_connected and not self._session.idle:
             self._turn(taking=False)
         self._transport.close()
         left = self._service.waiting()
@@ -426,7 +412,7 @@ class Daemon:
         """Whether nothing accepted is left to do. Without a connection, answers have nowhere to go: the broker, which
         has no acknowledgement, gives those requests to the next daemon."""
         computing = self._service.waiting() or self._answers
-        return not computing and (self._session.idle or not self._connected)
+        return not computing and (self._session.idle or not self._reconnection.is_connected)
 
     # From other threads, and from signal handlers: only take note
 

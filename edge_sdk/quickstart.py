@@ -9,13 +9,17 @@ INT8 lost no more than the spec allows. The package stays (in the cache folder),
 from __future__ import annotations
 
 import os
+import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from edge_sdk import console, resources
@@ -67,21 +71,26 @@ class Report:
             ("latency, batch 1", console.milliseconds(reference.latency_ms), console.milliseconds(engine.latency_ms)),
         ]
         t = self.throughput
+        program = console.program()
+        package, engines, picture = (
+            shlex.quote(str(path)) for path in (self.package, Path(self.package).parent, _a_picture())
+        )
         return (
             f"\n{console.table(rows)}\n\n"
             f"Over MQTT ({self.broker}): {self.asked} held-out pictures answered, {self.right_percent:.2f} % right;\n"
             f"{t.per_second:,.0f} requests/s with {t.concurrency} in flight, p50 {t.p50_ms:.2f} ms, "
             f"p99 {t.p99_ms:.2f} ms.\n\n"
             "Try next:\n"
-            f"  edge-sdk infer --local {self.package} --input {_a_picture()}\n"
-            f"  edge-sdk inspect {self.package}\n"
-            f"  edge-sdk serve --engines {Path(self.package).parent} --broker mqtt://localhost:1883"
+            f"  {program} infer --local {package} --input {picture}\n"
+            f"  {program} bench {package} --concurrency 8\n"
+            f"  {program} serve --engines {engines} --broker mqtt://localhost:1883   # a broker of yours"
         )
 
 
 def run(*, broker: str | None, seconds: float, say: Callable[[str], None], quiet: bool) -> Report:
     """Do all of it. Raises EdgeSdkError where a part cannot be done; whatever was started is stopped."""
     with ExitStack() as stack:
+        stack.enter_context(_ending_in_order())
         if broker is None:
             started = stack.enter_context(start_broker())
             kind: str
@@ -99,6 +108,24 @@ def run(*, broker: str | None, seconds: float, say: Callable[[str], None], quiet
             _wait_until_ready(client, package.name, daemon, log)
             say("Daemon: ready; asking it over MQTT")
             return _asked(client, package, spec, kind, seconds)
+
+
+@contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """SIGTERM and a closed terminal end the block as Ctrl-C does: what it started must not outlive it."""
+    former: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            former[number] = signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _built(spec: EngineSpec, quiet: bool) -> EnginePackage:

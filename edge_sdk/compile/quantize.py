@@ -151,10 +151,9 @@ def activation_levels(span: Range, scheme: Quantization) -> Levels:
         return Levels(scale, np.array(128 if scheme.activations == "u8" else 0, kind))
     low, high = min(span.low, 0.0), max(span.high, 0.0)
     scale = _positive((high - low) / 255)
-    if low == 0.0:
+    if low == 0.0 and scale * np.float32(255) > np.float32(high):
         # The highest level may not exceed the range: only then does onnxruntime see that a Clip to it is implied.
-        while float(scale) * np.float32(255) > np.float32(high) > 0:
-            scale = np.nextafter(scale, np.float32(0))
+        scale = np.nextafter(scale, np.float32(0))
     zero_point = np.clip(np.rint(lowest - low / float(scale)), lowest, highest)
     return Levels(scale, zero_point.astype(kind))
 

@@ -45,9 +45,9 @@ from edge_sdk.errors import (
 )
 from edge_sdk.mqtt import topics
 from edge_sdk.mqtt.address import connect_options
-from edge_sdk.mqtt.backoff import Backoff
-from edge_sdk.mqtt.negotiation import Negotiation, ProtocolSetting
+from edge_sdk.mqtt.negotiation import ProtocolSetting
 from edge_sdk.mqtt.pending import Fail, PendingRequest, PendingRequests
+from edge_sdk.mqtt.reconnection import Reconnection
 from edge_sdk.mqtt.topics import Topics
 from edge_sdk.mqtt.transports.base import (
     Acknowledged,
@@ -199,8 +199,7 @@ class Client:
             transport = PahoTransport()
         self._transport = transport
 
-        self._negotiation = Negotiation(protocol)
-        self._backoff = Backoff()
+        self._reconnection = Reconnection(protocol)
         self._pending = PendingRequests(wait_for_device_s)
         self._jobs: dict[PendingRequest, _Job] = {}
         self._submitted: deque[_Job] = deque()
@@ -209,8 +208,7 @@ class Client:
         self._watched = {topics.everyones_availability(root) if device is None else Topics(root, device).availability}
         self._granted: set[str] = set()
         self._subscribing: dict[int, tuple[str, ...]] = {}
-        self._connected = self._ready = False
-        self._connect_at = 0.0
+        self._ready = False
         self._requests = self._answers = self._errors = self._resent = self._connections = 0
 
         self._lock = threading.Lock()
@@ -285,7 +283,7 @@ class Client:
         else:
             Topics(self._root, "any").infer(model, version=version)
         encode = _encoder(data)
-        protocol = self._negotiation.version
+        protocol = self._reconnection.version
         if version is not None and protocol == 4:
             raise SettingsError(
                 f"A request for version {version!r} needs MQTT 5: 3.1.1 has no topic with a version and a way back."
@@ -339,7 +337,7 @@ class Client:
     @property
     def protocol(self) -> str:
         """The version of MQTT in use: "5" or "3.1.1"."""
-        return "5" if self._negotiation.version == 5 else "3.1.1"
+        return self._reconnection.version_name
 
     def close(self) -> None:
         """Disconnect. What has no answer yet ends with NoAnswer. Closing again does nothing."""
@@ -420,9 +418,7 @@ class Client:
             self._first_try.set_exception(error)
 
     def _until_next(self, now: float) -> float:
-        moment = self._pending.next_moment()
-        if not self._connected:
-            moment = min(moment, self._connect_at)
+        moment = min(self._pending.next_moment(), self._reconnection.next_at)
         return max(0.0, min(moment - now, 10.0))
 
     def _start_jobs(self, now: float) -> None:
@@ -455,7 +451,7 @@ class Client:
             self._pending.sent(request, handle)
 
     def _message(self, request: PendingRequest, job: _Job, now: float) -> Message:
-        version = self._negotiation.version
+        version = self._reconnection.version
         if job.body_version != version:
             job.body, job.body_version = job.encode(version), version
         device = Topics(self._root, request.device or "")
@@ -479,54 +475,47 @@ class Client:
     # ----------------------------------------------------------------------------------------------------- connection
 
     def _keep_connected(self, now: float) -> None:
-        if self._connected or now < self._connect_at:
+        if not self._reconnection.due(now):
             return
-        self._connect_at = math.inf  # until this attempt has ended
-        options = replace(self._options, version=self._negotiation.version)
+        options = replace(self._options, version=self._reconnection.version)
         try:
-            self._transport.open(options, timeout_s=self._negotiation.patience_s(self._connect_timeout_s))
+            self._transport.open(options, timeout_s=self._reconnection.patience_s(self._connect_timeout_s))
         except EdgeSdkError as error:
-            self._try_again(now, self._backoff.pause_s(), error)
+            self._reconnection.failed(time.monotonic())  # the attempt took its time
+            self._fail_first_try(error)
 
-    def _try_again(self, now: float, pause_s: float, error: EdgeSdkError | None) -> None:
-        """Connect again after a pause; the first connection is the constructor's, and its failure final."""
-        self._connect_at = now + pause_s
-        if error is not None and not self._first_try.done():
+    def _fail_first_try(self, error: EdgeSdkError) -> None:
+        """The first connection is the constructor's, and its failure final."""
+        if not self._first_try.done():
             self._first_try.set_exception(error)
 
-    def _on_connected(self, event: Connected) -> None:
-        self._connected = True
+    def _on_connected(self, event: Connected, now: float) -> None:
+        self._reconnection.connected(now)
         self._connections += 1
-        self._negotiation.connected()
-        self._backoff.connected()
         self._granted.clear()
         self._subscribing.clear()
-        self._pending.knows_listeners = self._negotiation.version == 5
+        self._pending.knows_listeners = self._reconnection.version == 5
         self._window = min(WINDOW, event.limits.receive_maximum)
 
     def _on_lost(self, event: Refused | Closed, now: float) -> None:
-        was_connected, self._connected, self._ready = self._connected, False, False
+        self._ready = False
         self._pending.disconnected()
         where = f"The MQTT broker at {self._options.host}:{self._options.port}"
-        error = None
         if isinstance(event, Refused):
-            again = self._negotiation.refused(event.code)
+            pause_s = self._reconnection.refused(event.code, now)
             error = BrokerError(f"{where} refused the connection: {event.reason}.")
         else:
-            again = not was_connected and self._negotiation.hung_up()
+            pause_s = self._reconnection.closed(event.code, now)
             error = BrokerError(f"{where} closed the connection: {event.reason}.")
-        if again:
-            self._try_again(now, 0.0, None)
-        else:
-            refused = isinstance(event, Refused)
-            self._try_again(now, self._backoff.pause_s(refused=refused, code=event.code), error)
+        if pause_s:
+            self._fail_first_try(error)
 
     def _subscribe(self) -> None:
         """Ask for what is watched and not asked for yet; the answers' own topic comes first."""
-        if not self._connected:
+        if not self._reconnection.is_connected:
             return
         mine = f"{self._root}/+/models/+/result/{self.client_id}/+"
-        answers = self._reply_topic if self._negotiation.version == 5 else mine
+        answers = self._reply_topic if self._reconnection.version == 5 else mine
         asked = self._granted.union(*self._subscribing.values())
         with self._lock:
             wanted = [name for name in (answers, *sorted(self._watched)) if name not in asked]
@@ -559,7 +548,7 @@ class Client:
         elif isinstance(event, Acknowledged):
             self._pending.acknowledged(event.handle, event.code, now)
         elif isinstance(event, Connected):
-            self._on_connected(event)
+            self._on_connected(event, now)
         elif isinstance(event, Subscribed):
             self._on_subscribed(event, now)
         else:

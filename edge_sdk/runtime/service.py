@@ -190,7 +190,8 @@ class Service:
 
     def _adopt(self) -> Sequence[Entry]:
         """Make the models in service those of the folder; gives back what has to be loaded for it."""
-        wanted = scan(self._engines, self._machine, self._profile)
+        served = {model.package.path: key for key, model in self._models.items() if model.package is not None}
+        wanted = scan(self._engines, self._machine, self._profile, served)
         todo = changes({key: model.digest for key, model in self._models.items() if model.state == "READY"}, wanted)
         gone = [model for key, model in self._models.items() if key not in wanted]
         self._models = {key: self._models.get(key) or self._new_model(key) for key in wanted}

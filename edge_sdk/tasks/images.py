@@ -46,7 +46,7 @@ def decode_image(data: bytes, preprocess: Preprocess) -> Array:
         raise TooLarge(f"The picture is {width} x {height}; resized for the model it would be far larger.")
     try:
         picture.draft("RGB", (target[0] * _SHARPNESS, target[1] * _SHARPNESS))
-        picture = _upright(_in_color(picture, preprocess))
+        picture = _in_color(_upright(picture), preprocess)
         pixels = np.asarray(_resized_and_cropped(picture, preprocess))
     except (OSError, SyntaxError, ValueError, struct.error, EOFError, IndexError) as exc:  # as Pillow's plugins do
         raise Malformed("The picture is broken or cut off; it cannot be decoded.") from exc
@@ -91,6 +91,7 @@ def _in_color(picture: Image, preprocess: Preprocess) -> Image:
     """In RGB, or in L where the model wants one channel; 16-bit pictures keep their upper 8 bits."""
     from PIL import Image
 
+    picture.info.pop("transparency", None)  # Pillow would warn that a palette's alpha is lost
     if picture.mode.startswith("I"):
         picture = Image.fromarray((np.asarray(picture).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
     return picture.convert("L" if preprocess.color == "L" else "RGB")

@@ -1,0 +1,211 @@
+"""A loaded model at work: a batch is what each request would have got alone, and trouble stays with its cause."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import ModelProto, TensorProto
+
+from edge_sdk.backends.registry import load_engine
+from edge_sdk.errors import EngineFailed
+from edge_sdk.runtime.worker import Worker
+from edge_sdk.tasks.base import BINARY, JSON, Payload
+from edge_sdk.tasks.registry import task_of
+from edge_sdk.tensors import Array
+from tests import packages
+from tests.compile.graphs import conv_net, pictures
+from tests.runtime.requests import payload, request, response, statuses
+
+Hire = Callable[..., Worker]
+
+
+@pytest.fixture
+def hire(tmp_path: Path) -> Hire:
+    """A worker for a graph; keyword arguments are the package's."""
+
+    def hired(model: ModelProto, *, clock: Callable[[], float] = lambda: 0.0, **package: Any) -> Worker:
+        made = packages.make_package(tmp_path / "package", model, **package)
+        return Worker(made, load_engine(made), task_of(made), clock=clock)
+
+    return hired
+
+
+def rows_of(worker: Worker, *payloads: Payload, output: str = "y") -> list[Array]:
+    """One output of each answer to requests that are computed as one batch, in the order of the requests."""
+    requests = [request(sent) for sent in payloads]
+    answers = {answer.ticket: answer for answer in worker.run_batch(requests)}
+
+    assert {each.ticket for each in requests} == set(answers)
+    return [response(answers[each.ticket]).outputs[output] for each in requests]
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "reference"])
+def test_a_batch_is_its_requests(hire: Hire, backend: str) -> None:
+    """Each answer holds its own rows, in order, whatever the sizes and the forms of the others."""
+    worker = hire(packages.scaling(2.0), backend=backend, max_batch=8)
+    answers = worker.run_batch([request(float(n), rows=n % 3 + 1) for n in range(10)])
+
+    for n, answer in enumerate(answers):
+        assert [[2.0 * n] * 4] * (n % 3 + 1) == response(answer).outputs["y"].tolist()
+
+
+def test_a_batch_computes_what_each_would_get_alone(hire: Hire) -> None:
+    """On a real network, within the tolerance of another order of summation."""
+    worker = hire(conv_net(), max_batch=4)
+    sent = [payload(image=pictures(1, seed=n)) for n in range(6)]
+    together = rows_of(worker, *sent, output="scores")
+    alone = [rows_of(worker, one, output="scores")[0] for one in sent]
+
+    np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "max_batch", "batches"),
+    [
+        (packages.scaling(batch=1), 8, [1, 1]),
+        (packages.scaling(batch=3), 1, [3, 3]),
+        (packages.scaling(), 1, [1, 1]),
+    ],
+    ids=["fixed at 1", "fixed at 3", "max_batch 1"],
+)
+def test_a_model_that_shares_no_batch_computes_one_by_one(
+    hire: Hire, model: ModelProto, max_batch: int, batches: list[int]
+) -> None:
+    """A fixed first axis, or a package whose rows must not be mixed: right answers, one at a time."""
+    worker = hire(model, max_batch=max_batch)
+    sent = [payload(x=np.full((size, 4), n, np.float32)) for n, size in enumerate(batches)]
+
+    assert [0.0, 2.0] == [float(rows.mean()) for rows in rows_of(worker, *sent)]
+
+
+def test_sizes_that_only_the_request_knows(hire: Hire) -> None:
+    """Free lengths, outputs of other axes, state along a second axis: any size, also after a smaller one."""
+    lengths = [3, 5, 1]
+    totals = rows_of(hire(packages.total()), *[payload(x=np.ones(length, np.float32)) for length in lengths])
+    sums = rows_of(hire(packages.counting()), *[payload(x=np.ones((length, 4), np.float32)) for length in lengths])
+    state = [payload(sample=np.ones((n, 2), np.float32), state=np.full((1, n, 2), 2, np.float32)) for n in lengths]
+    steps = rows_of(hire(packages.stateful(), max_batch=1), *state, output="total")
+
+    assert [3.0, 5.0, 1.0] == [float(total) for total in totals]
+    assert [[4.0] * length for length in lengths] == [each.tolist() for each in sums]
+    assert [[[3.0, 3.0]] * length for length in lengths] == [step.tolist() for step in steps]
+
+
+def test_strings_share_a_batch_too(hire: Hire) -> None:
+    """Arrays that cannot be kept between batches are joined, and each request gets its own words."""
+    worker = hire(packages.identity(TensorProto.STRING, ("batch", 1)), max_batch=4)
+    words = [np.array([[word]], dtype=object) for word in (b"one", "zwölf".encode(), b"")]
+
+    assert [word.tolist() for word in words] == [each.tolist() for each in rows_of(worker, *[payload(x=w) for w in words])]
+
+
+def test_a_request_larger_than_a_batch_is_too_large(hire: Hire) -> None:
+    """413 for it, and its neighbours are computed."""
+    worker = hire(packages.scaling(), max_batch=2)
+    big, small = request(1.0, rows=3), request(1.0)
+    answers = {answer.ticket: answer.status for answer in worker.run_batch([big, small])}
+
+    assert {big.ticket: 413, small.ticket: 200} == answers
+
+
+def test_what_cannot_be_decoded_harms_nobody(hire: Hire) -> None:
+    """Each bad request gets its own status; good ones in the same batch are answered."""
+    worker = hire(packages.scaling())
+    bad = [Payload(b"{", JSON), Payload(b"abc", BINARY), Payload(b"abc", "audio/midi"), payload(z=np.zeros((1, 4)))]
+    requests = [request(1.0), *map(request, bad), request(2.0)]
+    answers = {answer.ticket: answer.status for answer in worker.run_batch(requests)}
+
+    assert [200, 400, 422, 415, 422, 200] == [answers[each.ticket] for each in requests]
+
+
+def test_one_poisonous_request_gets_the_500_alone(hire: Hire, caplog: pytest.LogCaptureFixture) -> None:
+    """A batch that fails is computed again one by one; what the runtime said stays in the log."""
+    model = packages.misbehaving([{"do": "raise", "when": 666.0}])
+    worker = hire(model, backend="reference")
+    requests = [request(1.0), request(666.0), request(2.0)]
+    with caplog.at_level(logging.WARNING):
+        answers = {answer.ticket: answer for answer in worker.run_batch(requests)}
+
+    assert [200, 500, 200] == [answers[each.ticket].status for each in requests]
+    assert "told to fail" not in str(answers[requests[1].ticket].result)
+    assert "told to fail" in caplog.text
+
+
+def test_nan_stays_with_the_request_that_asked_in_json(hire: Hire) -> None:
+    """The runtime gives NaN: 500 where the answer is JSON, the NaN itself where it is binary."""
+    worker = hire(packages.misbehaving([{"do": "nan"}]), backend="reference")
+    in_json = Payload(np.zeros(4, np.float32).tobytes(), BINARY)
+    answers = worker.run_batch([request(in_json), request(1.0)])
+
+    assert [500, 200] == statuses(answers)
+    assert np.isnan(response(answers[1]).outputs["y"]).all()
+
+
+def test_memory_that_is_not_there_is_507(hire: Hire) -> None:
+    """The greedy request is told so, the next one is computed."""
+    worker = hire(packages.filling(), max_batch=1)
+    sizes = [payload(x=np.array([size], np.int64)) for size in (2**44, 2)]
+    answers = worker.run_batch([request(sent) for sent in sizes])
+
+    assert [507, 200] == statuses(answers)
+
+
+def test_an_answer_outlives_the_next_batch(hire: Hire) -> None:
+    """Answers are bytes of their own, although the arrays behind them are used again."""
+    worker = hire(packages.scaling())
+    first = worker.run_batch([request(1.0)])
+    worker.run_batch([request(5.0)])
+
+    assert [[2.0] * 4] == response(first[0]).outputs["y"].tolist()
+
+
+def test_timing_is_measured_on_the_clock_that_was_given(hire: Hire) -> None:
+    """Queueing until the batch began, computing, and how many shared it."""
+    ticks = iter(range(100, 200))
+    worker = hire(packages.scaling(), clock=lambda: float(next(ticks)))
+    answers = worker.run_batch([request(1.0, received=98.0), request(1.0, received=99.0)])
+
+    assert [(2000.0, 1000.0, 2), (1000.0, 1000.0, 2)] == [
+        dataclasses.astuple(answer.timing) for answer in answers if answer.timing is not None
+    ]
+    assert ["1", "1"] == [answer.model_version for answer in answers]
+
+
+@pytest.mark.parametrize("best_batch", [1, 8])
+def test_warming_up_gives_the_seconds_of_a_batch(hire: Hire, best_batch: int) -> None:
+    """On the clock that was given; a model whose sizes are unknown counts as slow, whatever it takes."""
+    ticks = iter([0.0, 9.0, 10.0, 12.0, 20.0, 25.0])
+    worker = hire(packages.scaling(), best_batch=best_batch, clock=lambda: next(ticks))
+
+    assert 2.0 == worker.warm_up()
+    assert float("inf") == hire(packages.total()).warm_up()
+
+
+def test_warming_up_finds_an_engine_that_cannot_compute(hire: Hire) -> None:
+    """EngineFailed before the first request, not with it."""
+    with pytest.raises(EngineFailed):
+        hire(packages.misbehaving([{"do": "raise"}]), backend="reference").warm_up()
+
+
+def test_a_defect_is_an_answer_too(hire: Hire, caplog: pytest.LogCaptureFixture) -> None:
+    """A package whose manifest does not tell the truth about its graph: 500 for the request, details in the log."""
+    specs = packages.specs(packages.scaling(width=5).graph.input)
+    worker = hire(packages.scaling(), inputs=specs)
+    answers = worker.run_batch([request(payload(x=np.zeros((1, 5), np.float32))) for _ in range(2)])
+
+    assert [500, 500] == statuses(answers)
+    assert "defect of edge-sdk" in caplog.text
+
+
+def test_closing_closes_the_engine(hire: Hire) -> None:
+    """Whoever asks afterwards is answered, not left alone."""
+    worker = hire(packages.scaling())
+    worker.close()
+
+    assert [500] == statuses(worker.run_batch([request(1.0)]))
