@@ -65,7 +65,9 @@ class Service:
         self._limits = limits
         self._inline_s = inline_ms / 1000
         self._clock = clock
-        self._models: dict[Key, ServedModel] = {}  # replaced as a whole, never changed: readers need no lock
+        # Both are replaced as a whole and never changed, so readers need no lock.
+        self._models: dict[Key, ServedModel] = {}
+        self._by_name: dict[str, list[ServedModel]] = {}
         self._stopping = False
         self._followed = False  # whether the folder has been read and loaded once
         self._orders: queue.SimpleQueue[Callable[[], Sequence[Entry]] | None] = queue.SimpleQueue()
@@ -106,19 +108,11 @@ class Service:
 
     def models(self) -> list[ServedModel]:
         """Every model and version, by name, the newest version first."""
-        served = self._models
-        return [
-            served[name, version]
-            for name in sorted({name for name, _ in served})
-            for version in newest_first(version for other, version in served if other == name)
-        ]
+        return [model for versions in self._by_name.values() for model in versions]
 
     def by_name(self) -> dict[str, list[ServedModel]]:
         """The versions of each model, the newest first."""
-        named: dict[str, list[ServedModel]] = {}
-        for model in self.models():
-            named.setdefault(model.model, []).append(model)
-        return named
+        return self._by_name
 
     @property
     def settled(self) -> bool:
@@ -158,17 +152,17 @@ class Service:
 
     def _find(self, request: Request) -> ServedModel:
         """The model a request is for: the version it names, or the newest that is ready."""
-        if request.version is not None and (named := self._models.get((request.model, request.version))) is not None:
-            return named
-        versions = newest_first(version for model, version in self._models if model == request.model)
+        versions = self._by_name.get(request.model)
         if not versions:
             raise ModelNotFound(f"This device has no model {request.model[:64]!r}.")
-        if request.version is not None:
+        if request.version is None:
+            return next((model for model in versions if model.package is not None), versions[0])
+        if (named := self._models.get((request.model, request.version))) is None:
             raise VersionNotFound(
-                f"The model {request.model!r} has no version {request.version[:64]!r}; it has {', '.join(versions)}."
+                f"The model {request.model!r} has no version {request.version[:64]!r}; it has "
+                f"{', '.join(model.version for model in versions)}."
             )
-        candidates = [self._models[request.model, version] for version in versions]
-        return next((model for model in candidates if model.package is not None), candidates[0])
+        return named
 
     def _finish(self, answer: Answer) -> None:
         self.statistics.count(answer)
@@ -195,6 +189,10 @@ class Service:
         todo = changes({key: model.digest for key, model in self._models.items() if model.state == "READY"}, wanted)
         gone = [model for key, model in self._models.items() if key not in wanted]
         self._models = {key: self._models.get(key) or self._new_model(key) for key in wanted}
+        self._by_name = {
+            name: [self._models[name, version] for version in newest_first(v for n, v in wanted if n == name)]
+            for name in sorted({name for name, _ in wanted})
+        }
         for model in gone:
             log.info("%s %s is gone from the folder; it is retired.", model.model, model.version)
             model.retire()

@@ -147,15 +147,16 @@ def test_stop_finishes_what_was_accepted_and_says_offline(
 ) -> None:
     """SIGTERM under load: exit 0, availability `offline`; what was not taken waits for the next daemon."""
     picture = np.zeros((1, 1, 8, 8), np.float32)
-    with running_daemon(digits.path.parent, broker.url, tmp_path, ready=[], device="stopping") as daemon:
-        with Client(broker.url, device="stopping", timeout_s=30) as client:
-            daemon.wait_for_state(client, "digits", "READY")
-            futures = [client.submit("digits", {"image": picture}) for _ in range(300)]
-            futures[0].result()
-            code = daemon.stop()
-            eventually(lambda: not client.devices()["stopping"], "offline is retained")
-            daemon.start()
-            answers = [future.result() for future in futures]
+    with (
+        running_daemon(digits.path.parent, broker.url, tmp_path, ready=["digits"], device="stopping") as daemon,
+        Client(broker.url, device="stopping", timeout_s=30) as client,
+    ):
+        futures = [client.submit("digits", {"image": picture}) for _ in range(300)]
+        futures[0].result()
+        code = daemon.stop()
+        eventually(lambda: not client.devices()["stopping"], "offline is retained")
+        daemon.start()
+        answers = [future.result() for future in futures]
 
     assert code == 0
     assert len(answers) == 300
