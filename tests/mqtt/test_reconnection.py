@@ -1,0 +1,74 @@
+"""When the next connection is opened, and in which version: decided without a socket or a clock."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from edge_sdk.mqtt.backoff import SESSION_TAKEN_OVER, Backoff
+from edge_sdk.mqtt.reconnection import LASTING_S, Reconnection
+
+
+@pytest.fixture
+def reconnection() -> Reconnection:
+    return Reconnection("auto", backoff=Backoff(chance=lambda: 1.0))
+
+
+def test_one_attempt_at_a_time(reconnection: Reconnection) -> None:
+    """The first is due at once; while it is under way, and while the connection stands, none is."""
+    due = [reconnection.due(0.0), reconnection.due(1.0)]
+    reconnection.connected(2.0)
+
+    assert due == [True, False]
+    assert not reconnection.due(1e9)
+    assert math.isinf(reconnection.next_at)
+
+
+def test_pauses_grow_and_are_bounded(reconnection: Reconnection) -> None:
+    """A broker that cannot be reached is asked less and less often, but at least every five seconds."""
+    pauses = [reconnection.failed(0.0) for _ in range(10)]
+
+    assert pauses == sorted(pauses)
+    assert pauses[0] < 0.5
+    assert pauses[-1] == 5.0
+
+
+def test_a_connection_that_lasted_starts_the_pauses_over(reconnection: Reconnection) -> None:
+    for _ in range(10):
+        reconnection.failed(0.0)
+    reconnection.connected(0.0)
+
+    assert reconnection.closed(None, LASTING_S) < 0.5
+
+
+def test_a_connection_that_is_lost_again_and_again_is_not_hurried_back(reconnection: Reconnection) -> None:
+    """Two clients with one id: each throws the other out, and not every broker says so."""
+    pauses = []
+    now = 0.0
+    for _ in range(10):
+        reconnection.connected(now)
+        pauses.append(reconnection.closed(None, now + 0.1))
+        now += 0.1 + pauses[-1]
+
+    assert pauses[-1] == 5.0
+
+
+def test_a_taken_over_session_is_left_alone_for_a_minute(reconnection: Reconnection) -> None:
+    reconnection.connected(0.0)
+
+    assert reconnection.closed(SESSION_TAKEN_OVER, 1.0) >= 60.0
+
+
+def test_bad_credentials_are_not_tried_in_a_tight_loop(reconnection: Reconnection) -> None:
+    assert reconnection.refused(0x86, 0.0) >= 2.5
+
+
+def test_another_version_is_tried_at_once(reconnection: Reconnection) -> None:
+    """A broker that does not know MQTT 5 is asked in 3.1.1, without a pause."""
+    first = reconnection.version
+    pause_s = reconnection.refused(0x84, 0.0)
+
+    assert (first, reconnection.version) == (5, 4)
+    assert pause_s == 0.0
+    assert reconnection.due(0.0)
