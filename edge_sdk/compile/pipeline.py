@@ -10,55 +10,43 @@ is kept only on evidence, and the package says which.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 from onnx import ModelProto
 
-import edge_sdk
-from edge_sdk.backends.base import Backend, Engine
-from edge_sdk.backends.registry import backend as backend_named
-from edge_sdk.backends.registry import backend_for
+from edge_sdk.backends.base import Engine
 from edge_sdk.compile import calibrate, quantize, widths
 from edge_sdk.compile.calibrate import METHODS, Method
-from edge_sdk.compile.datasets import Reader, Sample, Samples, open_samples
-from edge_sdk.compile.inspect import ModelSummary, ends_in_softmax, read_model, summarize
+from edge_sdk.compile.datasets import Sample, Samples
+from edge_sdk.compile.inspect import ends_in_softmax
 from edge_sdk.compile.modernize import OPSET, ModernGraph, modern_graph
+from edge_sdk.compile.order import Ingredients, Order, WantedPrecision, existing, gathered, order_of, tools
 from edge_sdk.compile.report import write_reports
 from edge_sdk.compile.verify import (
     Accuracy,
     Progress,
     best_batch,
     can_stack,
-    decoder_for,
     judge,
     no_progress,
     throughput,
     time_engines,
 )
 from edge_sdk.errors import (
-    BackendUnavailable,
     DataError,
     EngineFailed,
     ModelError,
-    PackageError,
-    ProfileError,
-    SpecError,
 )
 from edge_sdk.package import (
     GRAPH,
     LABELS,
-    MANIFEST,
     BackendRecord,
     BatchingRecord,
     CalibrationRecord,
@@ -67,29 +55,20 @@ from edge_sdk.package import (
     Manifest,
     Measurements,
     SourceRecord,
-    file_sha256,
     seal,
     writing,
 )
-from edge_sdk.profiles import DeviceProfile, Machine, Precision, detect, load_profile, load_profiles
+from edge_sdk.profiles import DeviceProfile, Precision, physical_cores
 from edge_sdk.spec import (
-    Calibration,
     EngineSpec,
     Validation,
-    data_source,
-    load_spec,
-    read_labels,
-    spec_for_model,
 )
-from edge_sdk.tasks.registry import task_for
 from edge_sdk.tensors import MAX_ELEMENTS, Feeds, TensorSpec, numpy_dtype
 
-WantedPrecision = Literal["auto", "fp32", "fp16", "int8"]
-
-_MIN_HELD_OUT = 8
-"""Fewer samples than this say nothing about a graph; then every fifth calibration sample is held out instead."""
 _WORTH_IT = 1.02
 """How many times faster than FP32 a lower precision must be: less than that is noise."""
+_WORTH_THREADS = 1.15
+"""How many times faster than one thread many must be."""
 _SAME_ANSWER_DB = 40.0
 """How closely the modern graph must answer as the file does: well above what FP16's own rounding leaves."""
 _PROBES = 3
@@ -171,14 +150,14 @@ def build(
     progress: Progress | None = None,
 ) -> Build:
     """As `build_engine`, and say whether anything had to be done."""
-    order = _order(source, profile, precision, calibration, samples, output, progress or no_progress)
-    ingredients = _gathered(order)
-    if not force and (package := _existing(order.output, ingredients.key)) is not None:
+    order = order_of(source, profile, precision, calibration, samples, output, progress or no_progress)
+    ingredients = gathered(order)
+    if not force and (package := existing(order.output, ingredients.key)) is not None:
         return Build(package, unchanged=True)
     return Build(_make(order, ingredients), unchanged=False)
 
 
-def _make(order: _Order, ingredients: _Ingredients) -> EnginePackage:
+def _make(order: Order, ingredients: Ingredients) -> EnginePackage:
     """Inspected model -> modern graph -> candidate -> verified -> packed."""
     modern = _trusted_graph(order, ingredients)
     baseline = _baseline(ingredients, modern.model)
@@ -196,269 +175,6 @@ def _make(order: _Order, ingredients: _Ingredients) -> EnginePackage:
     return EnginePackage.open(order.output)
 
 
-# What is wanted
-
-
-@dataclass(frozen=True)
-class _Order:
-    """What was asked for, every default filled in."""
-
-    spec: EngineSpec
-    folder: Path
-    profile: DeviceProfile
-    precision: WantedPrecision
-    output: Path
-    backend: Backend
-    missing: str | None
-    """What this machine lacks for the backend the profile prefers."""
-    measurable: bool
-    """Whether this machine's speed says something about the profile's device."""
-    progress: Progress
-
-    def advance(self, step: str, total: int) -> _Advance:
-        return _Advance(self.progress, step, total)
-
-
-@dataclass(frozen=True)
-class _Advance:
-    progress: Progress
-    step: str
-    total: int
-
-    def __call__(self, done: int) -> None:
-        self.progress(self.step, done, self.total)
-
-
-def _order(
-    source: str | os.PathLike[str] | EngineSpec,
-    profile: str | DeviceProfile | None,
-    precision: WantedPrecision,
-    calibration: str | os.PathLike[str] | None,
-    samples: int | None,
-    output: str | os.PathLike[str] | None,
-    progress: Progress,
-) -> _Order:
-    spec, folder, place = _spec_and_places(source)
-    machine = Machine.read()
-    if profile is None:
-        chosen, _ = detect(machine, load_profiles())
-    else:
-        chosen = profile if isinstance(profile, DeviceProfile) else load_profile(profile)
-    if precision not in get_args(WantedPrecision):
-        raise SpecError(f"There is no precision {precision!r}.", fix="It is auto, fp32, fp16 or int8.")
-    if precision != "auto" and precision not in chosen.precisions:
-        raise ProfileError(
-            f"The profile {chosen.name} does not compute {precision}; it computes {', '.join(chosen.precisions)}.",
-            fix="Choose one of those, or auto.",
-        )
-    target = Path(output) if output is not None else place / "build" / chosen.name
-    _refuse_to_overwrite(target)
-    backend = backend_for(chosen)
-    return _Order(
-        spec=_with_calibration(spec, calibration, samples),
-        folder=folder,
-        profile=chosen,
-        precision=precision,
-        output=target,
-        backend=backend,
-        missing=_missing(chosen, backend),
-        measurable=chosen.architecture == machine.architecture and backend.name == chosen.backends[0],
-        progress=progress,
-    )
-
-
-def _spec_and_places(source: str | os.PathLike[str] | EngineSpec) -> tuple[EngineSpec, Path, Path]:
-    """The spec, the folder its callables are imported from, and the folder that gets `build/`."""
-    if isinstance(source, EngineSpec):
-        return source, source.model.parent, source.model.parent
-    path = Path(source)
-    if not path.exists():
-        raise SpecError(f"There is nothing at {path}.", fix="Give the folder of an engine.toml, or an .onnx file.")
-    if path.is_dir() or path.suffix == ".toml":
-        spec = load_spec(path)
-        folder = (path if path.is_dir() else path.parent).resolve()
-        return spec, folder, folder
-    spec = spec_for_model(path)
-    return spec, path.absolute().parent, path.absolute().parent / spec.name
-
-
-def _with_calibration(spec: EngineSpec, calibration: str | os.PathLike[str] | None, samples: int | None) -> EngineSpec:
-    if samples is not None and samples < 1:
-        raise SpecError(f"{samples} calibration samples were asked for; at least 1 is needed.")
-    section = spec.calibration
-    if calibration is not None:
-        data = data_source(os.fspath(calibration), Path.cwd())
-        section = section.model_copy(update={"data": data}) if section else Calibration(data=data)
-    if samples is not None and section is not None:
-        section = section.model_copy(update={"samples": samples})
-    return spec.model_copy(update={"calibration": section})
-
-
-def _refuse_to_overwrite(target: Path) -> None:
-    """A build replaces the whole directory, so it must be a package, empty, or not there."""
-    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
-        raise PackageError(f"{target} holds something that is not an engine package.", fix="Give another --output.")
-    if target.exists() and not target.is_dir():
-        raise PackageError(f"{target} is not a directory.", fix="Give another --output.")
-
-
-def _missing(profile: DeviceProfile, backend: Backend) -> str | None:
-    """Why the backend the profile prefers is not the one used here; None if it is."""
-    preferred = profile.backends[0]
-    if preferred == backend.name:
-        return None
-    try:
-        why = backend_named(preferred).availability().why_not
-    except BackendUnavailable as exc:
-        why = exc.problem
-    return f"{preferred} has no engine here: {why} The graph runs on the device's CPU with {backend.name} meanwhile."
-
-
-# What it is made of
-
-
-@dataclass(frozen=True)
-class _Ingredients:
-    """Everything a build depends on, read and checked, and the digest of it all."""
-
-    model: ModelProto
-    summary: ModelSummary
-    sha256: str
-    labels: tuple[str, ...]
-    calibration: Samples | None
-    judging: Samples | None
-    """Validation data, or held-out calibration samples; None without any data."""
-    judged_on: str
-    held_out: Samples | None
-    """Calibration samples on which methods are compared."""
-    data_sha256: str
-    key: str
-
-
-def _gathered(order: _Order) -> _Ingredients:
-    spec = order.spec
-    model = read_model(spec.model)
-    summary = summarize(model, spec.model.name)
-    labels = read_labels(spec.postprocess.labels) if spec.postprocess.labels is not None else ()
-    _check_task(spec, summary, labels)
-    reader = Reader(summary.inputs, decoder_for(spec.preprocess, summary.inputs), labels, order.folder)
-    calibration, held_out = _calibration_samples(spec, reader)
-    validation = open_samples(spec.validation.data, reader, limit=_CALLABLE_LIMIT) if spec.validation else None
-    if validation is not None:
-        judged_on = f"{len(validation)} samples of {spec.validation.data if spec.validation else ''}"
-    elif held_out is not None:
-        judged_on = f"{len(held_out)} held-out samples of {held_out.source}"
-    else:
-        judged_on = "no data: none was given"
-    order.progress("reading the data", 0, 1)
-    data_sha256 = calibration.digest() if calibration is not None else ""
-    others = [samples.digest() for samples in (held_out, validation) if samples is not None]
-    order.progress("reading the data", 1, 1)
-    content = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
-    return _Ingredients(
-        model=model,
-        summary=summary,
-        sha256=file_sha256(spec.model),
-        labels=labels,
-        calibration=calibration,
-        judging=validation or held_out,
-        judged_on=judged_on,
-        held_out=held_out,
-        data_sha256=data_sha256,
-        key=_build_key(order, content, labels, [data_sha256, *others]),
-    )
-
-
-_CALLABLE_LIMIT = 1000
-"""How many validation samples are taken from a callable, which may never end."""
-
-
-def _check_task(spec: EngineSpec, summary: ModelSummary, labels: tuple[str, ...]) -> None:
-    """SpecError if the task does not suit the model, or the labels do not."""
-    task_for(
-        spec.task,
-        name=spec.name,
-        version=spec.version,
-        inputs=summary.inputs,
-        outputs=summary.outputs,
-        preprocess=spec.preprocess,
-        postprocess=spec.postprocess,
-        labels=labels,
-    )
-    sizes = summary.outputs[0].shape[1:] if summary.outputs else ()
-    fixed = [axis for axis in sizes if isinstance(axis, int)]
-    if labels and fixed and len(fixed) == len(sizes) and int(np.prod(fixed)) != len(labels):
-        raise SpecError(
-            f"{spec.postprocess.labels} has {len(labels)} labels; the model's first output has {int(np.prod(fixed))} "
-            "scores.",
-            fix="There must be one label for each class, in their order.",
-        )
-
-
-def _calibration_samples(spec: EngineSpec, reader: Reader) -> tuple[Samples | None, Samples | None]:
-    """The samples to calibrate on and others of the same data, held out to compare methods on.
-
-    The held-out ones are those the spread left over; where it took all, every fifth of it.
-    """
-    if spec.calibration is None:
-        return None, None
-    wanted = spec.calibration.samples
-    held_out = max(_MIN_HELD_OUT, wanted // 4)
-    everything = open_samples(spec.calibration.data, reader, limit=wanted + held_out).without_labels()
-    chosen = everything.spread(wanted)
-    rest = everything.without(chosen)
-    if len(rest) >= _MIN_HELD_OUT:
-        return chosen, rest.spread(held_out)
-    if len(chosen) < 5:
-        return chosen, chosen
-    fifth = chosen.spread(len(chosen) // 5)
-    return chosen.without(fifth), fifth
-
-
-def _build_key(order: _Order, model: str, labels: tuple[str, ...], data: Sequence[str]) -> str:
-    """Paths are not in it: a build that was moved, or whose data was, is still the same build."""
-    spec = order.spec.model_dump(mode="json")
-    del spec["model"], spec["postprocess"]["labels"]
-    for section in ("calibration", "validation"):
-        if spec[section] is not None:
-            del spec[section]["data"]
-    content = {
-        "model": model,
-        "file": order.spec.model.name,
-        "spec": spec,
-        "labels": labels,
-        "data": data,
-        "profile": order.profile.model_dump(mode="json"),
-        "precision": order.precision,
-        "backend": [order.backend.name, order.missing],
-        "measurable": order.measurable,
-        "tools": _tools(),
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _tools() -> dict[str, str]:
-    versions = {"edge-sdk": edge_sdk.__version__}
-    for name in ("onnx", "onnxruntime", "onnxslim", "numpy"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def _existing(output: Path, key: str) -> EnginePackage | None:
-    """The package at `output` if it was built from the same things and is whole."""
-    try:
-        package = EnginePackage.open(output)
-        if package.manifest.build_key != key:
-            return None
-        package.verify()
-    except PackageError:
-        return None
-    return package
-
-
 # The graph, and what might become of it
 
 
@@ -472,7 +188,7 @@ class _Candidate:
     reason: str = ""
 
 
-def _trusted_graph(order: _Order, ingredients: _Ingredients) -> ModernGraph:
+def _trusted_graph(order: Order, ingredients: Ingredients) -> ModernGraph:
     """The tidiest modern graph that answers as the file does.
 
     The converter and the simplifier are other people's graph surgery; their word is not taken for it. Where the file
@@ -491,7 +207,7 @@ def _trusted_graph(order: _Order, ingredients: _Ingredients) -> ModernGraph:
     )
 
 
-def _answers_as(order: _Order, ingredients: _Ingredients, graph: ModelProto) -> bool:
+def _answers_as(order: Order, ingredients: Ingredients, graph: ModelProto) -> bool:
     """Whether `graph` answers a few questions as the file does; True where there is no telling."""
     try:
         with (
@@ -505,7 +221,7 @@ def _answers_as(order: _Order, ingredients: _Ingredients, graph: ModelProto) -> 
     return snr_db is None or snr_db >= _SAME_ANSWER_DB
 
 
-def _probes(ingredients: _Ingredients) -> list[Sample]:
+def _probes(ingredients: Ingredients) -> list[Sample]:
     """A few questions to ask graphs that ought to be equal: samples, or zeros where there is no data."""
     if ingredients.judging is not None:
         return list(ingredients.judging.spread(_PROBES))
@@ -525,19 +241,19 @@ def _zeros(inputs: tuple[TensorSpec, ...]) -> Feeds | None:
 
 
 @contextmanager
-def _engine(order: _Order, graph: bytes) -> Iterator[Engine]:
-    with closing(order.backend.load_graph(graph, order.profile)) as engine:
+def _engine(order: Order, graph: bytes, threads: int | None = None) -> Iterator[Engine]:
+    with closing(order.backend.load_graph(graph, order.profile, threads=threads)) as engine:
         yield engine
 
 
-def _baseline(ingredients: _Ingredients, model: ModelProto) -> _Candidate:
+def _baseline(ingredients: Ingredients, model: ModelProto) -> _Candidate:
     """What everything is measured against: the model in FP32, or the quantised model that it is."""
     precision: Precision = "int8" if ingredients.summary.already_quantized else "fp32"
     return _Candidate(precision, model.SerializeToString())
 
 
 def _candidate(
-    order: _Order, ingredients: _Ingredients, model: ModelProto, baseline: _Candidate, reference: Engine
+    order: Order, ingredients: Ingredients, model: ModelProto, baseline: _Candidate, reference: Engine
 ) -> _Candidate:
     """The graph in the precision asked for; for `auto`, in INT8 if there is a way to it."""
     if ingredients.summary.already_quantized:
@@ -569,7 +285,7 @@ _GIVE_DATA = (
 )
 
 
-def _int8(order: _Order, ingredients: _Ingredients, model: ModelProto, reference: Engine) -> _Candidate:
+def _int8(order: Order, ingredients: Ingredients, model: ModelProto, reference: Engine) -> _Candidate:
     """Statistics once; then a graph for each method asked for, and the best of them."""
     calibration, held_out = ingredients.calibration, ingredients.held_out
     if calibration is None or held_out is None:
@@ -599,7 +315,7 @@ def _int8(order: _Order, ingredients: _Ingredients, model: ModelProto, reference
     return candidates[0] if len(candidates) == 1 else _best_of(order, candidates, reference, held_out)
 
 
-def _best_of(order: _Order, candidates: Sequence[_Candidate], reference: Engine, held_out: Samples) -> _Candidate:
+def _best_of(order: Order, candidates: Sequence[_Candidate], reference: Engine, held_out: Samples) -> _Candidate:
     """The candidate closest to FP32 on samples that it was not calibrated on.
 
     By signal-to-noise ratio: over a few dozen samples, agreement is decided by one or two close calls.
@@ -628,19 +344,19 @@ class _Verdict:
     outputs: tuple[TensorSpec, ...]
     measurements: Measurements
     batching: BatchingRecord
+    threads: int | None
 
 
 def _verified(
-    order: _Order, ingredients: _Ingredients, baseline: _Candidate, candidate: _Candidate, reference: Engine
+    order: Order, ingredients: Ingredients, baseline: _Candidate, candidate: _Candidate, reference: Engine
 ) -> _Verdict:
     """The candidate against the baseline: accuracy, then speed; then the decision."""
-    with ExitStack() as stack:
-        same = candidate.graph == baseline.graph
-        engine = reference if same else stack.enter_context(_engine(order, candidate.graph))
+    feeds = _timing_feeds(ingredients)
+    same = candidate.graph == baseline.graph
+    with nullcontext(reference) if same else _engine(order, candidate.graph) as engine:
         accuracy, top1, samples = _accuracy(order, ingredients, reference, engine)
-        feeds = _timing_feeds(ingredients)
-        speeds = _speeds(order, [reference] if same else [reference, engine], feeds)
         stackable = feeds is not None and can_stack(engine, feeds)
+    speeds = _speeds(order, [baseline] if same else [baseline, candidate], feeds)
     ours = _figures(candidate, speeds[-1], accuracy.top1_percent if accuracy else None)
     theirs = _figures(baseline, speeds[0], top1)
     chosen = candidate
@@ -661,11 +377,12 @@ def _verified(
             decision=chosen.reason,
         ),
         batching=_batching(order, ours, stackable),
+        threads=speeds[-1 if chosen.graph == candidate.graph else 0].threads,
     )
 
 
 def _accuracy(
-    order: _Order, ingredients: _Ingredients, reference: Engine, engine: Engine
+    order: Order, ingredients: Ingredients, reference: Engine, engine: Engine
 ) -> tuple[Accuracy | None, float | None, int]:
     """The engine's accuracy, the reference's top-1, and over how many samples; without data there is none."""
     if ingredients.judging is None:
@@ -676,7 +393,7 @@ def _accuracy(
     return judgement.candidates[0], judgement.reference_top1_percent, judgement.samples
 
 
-def _timing_feeds(ingredients: _Ingredients) -> Feeds | None:
+def _timing_feeds(ingredients: Ingredients) -> Feeds | None:
     if ingredients.judging is not None:
         return next(iter(ingredients.judging)).feeds
     return _zeros(ingredients.summary.inputs)
@@ -686,19 +403,35 @@ def _timing_feeds(ingredients: _Ingredients) -> Feeds | None:
 class _Speed:
     latency_ms: float | None = None
     per_second_at_batch: Mapping[int, float] = field(default_factory=dict)
+    threads: int | None = None
+    """With how many threads this was measured; None: as many as the profile says."""
 
 
-def _speeds(order: _Order, engines: Sequence[Engine], feeds: Feeds | None) -> list[_Speed]:
-    """How fast each engine is here; nothing where that says nothing about the profile's device."""
+def _speeds(order: Order, candidates: Sequence[_Candidate], feeds: Feeds | None) -> list[_Speed]:
+    """How fast each candidate is here, with as many threads as do it good; nothing where this is another device.
+
+    A small model is slower with more threads than with one, and threads that wait for work take the processor from
+    whatever else the device does: they have to earn their place.
+    """
     if feeds is None or not order.measurable:
-        return [_Speed() for _ in engines]
-    order.progress("timing", 0, 1 + len(engines))
-    latencies = time_engines(engines, feeds)
-    speeds = []
-    for done, (engine, latency_ms) in enumerate(zip(engines, latencies), start=1):
-        order.progress("timing", done, 1 + len(engines))
-        speeds.append(_Speed(latency_ms, throughput(engine, feeds, order.spec.batching.max_batch)))
-    order.progress("timing", 1 + len(engines), 1 + len(engines))
+        return [_Speed() for _ in candidates]
+    choices = (1, None) if physical_cores() > 1 and order.profile.onnxruntime.intra_op_threads != 1 else (None,)
+    order.progress("timing", 0, 1 + len(candidates))
+    with ExitStack() as stack:
+        engines = [
+            [stack.enter_context(_engine(order, candidate.graph, threads)) for threads in choices]
+            for candidate in candidates
+        ]
+        latencies = iter(time_engines([engine for engines_of_one in engines for engine in engines_of_one], feeds))
+        speeds = []
+        for done, engines_of_one in enumerate(engines, start=1):
+            order.progress("timing", done, 1 + len(candidates))
+            found = [(next(latencies), engine, threads) for engine, threads in zip(engines_of_one, choices)]
+            latency_ms, engine, threads = found[0]
+            if found[-1][0] * _WORTH_THREADS < latency_ms:
+                latency_ms, engine, threads = found[-1]
+            speeds.append(_Speed(latency_ms, throughput(engine, feeds, order.spec.batching.max_batch), threads))
+    order.progress("timing", 1 + len(candidates), 1 + len(candidates))
     return speeds
 
 
@@ -713,7 +446,7 @@ def _figures(candidate: _Candidate, speed: _Speed, top1: float | None) -> Figure
 
 
 def _decided(
-    order: _Order,
+    order: Order,
     baseline: _Candidate,
     candidate: _Candidate,
     theirs: Figures,
@@ -763,7 +496,7 @@ def _against_budget(budget: Validation, reference_top1: float | None, accuracy: 
     return found, f"{found}, but {limit}" if broken else ""
 
 
-def _speed_in_words(order: _Order, theirs: Figures, ours: Figures) -> tuple[str, bool | None]:
+def _speed_in_words(order: Order, theirs: Figures, ours: Figures) -> tuple[str, bool | None]:
     """The comparison, and whether the candidate is faster; None where that cannot be known here."""
     if theirs.latency_ms is None or ours.latency_ms is None:
         return f"its speed on {order.profile.title} could not be measured on this machine", None
@@ -772,7 +505,7 @@ def _speed_in_words(order: _Order, theirs: Figures, ours: Figures) -> tuple[str,
     return compared, ratio >= _WORTH_IT
 
 
-def _batching(order: _Order, figures: Figures, stackable: bool) -> BatchingRecord:
+def _batching(order: Order, figures: Figures, stackable: bool) -> BatchingRecord:
     """Where nothing was measured the largest batch counts as the best: on the devices that this is about, it is."""
     batching = order.spec.batching
     if not stackable:
@@ -788,7 +521,7 @@ def _batching(order: _Order, figures: Figures, stackable: bool) -> BatchingRecor
 # What is packed
 
 
-def _manifest(order: _Order, ingredients: _Ingredients, verdict: _Verdict, engine_file: str | None) -> Manifest:
+def _manifest(order: Order, ingredients: Ingredients, verdict: _Verdict, engine_file: str | None) -> Manifest:
     spec, summary, chosen = order.spec, ingredients.summary, verdict.chosen
     scores = spec.postprocess.scores
     if scores == "auto":
@@ -807,7 +540,9 @@ def _manifest(order: _Order, ingredients: _Ingredients, verdict: _Verdict, engin
         architecture=order.profile.architecture,
         precision=chosen.precision,
         batching=verdict.batching,
-        backend=BackendRecord(name=order.backend.name, engine_file=engine_file, missing=order.missing),
+        backend=BackendRecord(
+            name=order.backend.name, engine_file=engine_file, threads=verdict.threads, missing=order.missing
+        ),
         source=SourceRecord(
             file=summary.file,
             sha256=ingredients.sha256,
@@ -817,14 +552,14 @@ def _manifest(order: _Order, ingredients: _Ingredients, verdict: _Verdict, engin
             already_quantized=summary.already_quantized,
         ),
         calibration=_calibration_record(ingredients, chosen),
-        tools=_tools(),
+        tools=tools(),
         measurements=verdict.measurements,
         build_key=ingredients.key,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
 
 
-def _calibration_record(ingredients: _Ingredients, chosen: _Candidate) -> CalibrationRecord | None:
+def _calibration_record(ingredients: Ingredients, chosen: _Candidate) -> CalibrationRecord | None:
     data = ingredients.calibration
     if data is None or chosen.method is None:
         return None

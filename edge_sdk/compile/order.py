@@ -1,0 +1,294 @@
+"""What a build was asked for, and what it is made of: every default filled in, everything read, checked and digested.
+
+`order_of` turns the arguments of a build into an Order, or says which of them is wrong. `gathered` reads the model and
+the data an order names. The digest over all of it is the build's key: the same key, the same package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+from onnx import ModelProto
+
+import edge_sdk
+from edge_sdk.backends.base import Backend
+from edge_sdk.backends.registry import backend as backend_named
+from edge_sdk.backends.registry import backend_for
+from edge_sdk.compile.datasets import Reader, Samples, open_samples
+from edge_sdk.compile.inspect import ModelSummary, read_model, summarize
+from edge_sdk.compile.verify import Progress, decoder_for
+from edge_sdk.errors import BackendUnavailable, PackageError, ProfileError, SpecError
+from edge_sdk.package import MANIFEST, EnginePackage, file_sha256
+from edge_sdk.profiles import DeviceProfile, Machine, detect, load_profile, load_profiles
+from edge_sdk.spec import Calibration, EngineSpec, data_source, load_spec, read_labels, spec_for_model
+from edge_sdk.tasks.registry import task_for
+
+WantedPrecision = Literal["auto", "fp32", "fp16", "int8"]
+
+_MIN_HELD_OUT = 8
+"""Fewer samples than this say nothing about a graph; then every fifth calibration sample is held out instead."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What was asked for, every default filled in."""
+
+    spec: EngineSpec
+    folder: Path
+    profile: DeviceProfile
+    precision: WantedPrecision
+    output: Path
+    backend: Backend
+    missing: str | None
+    """What this machine lacks for the backend the profile prefers."""
+    measurable: bool
+    """Whether this machine's speed says something about the profile's device."""
+    progress: Progress
+
+    def advance(self, step: str, total: int) -> Advance:
+        return Advance(self.progress, step, total)
+
+
+@dataclass(frozen=True)
+class Advance:
+    progress: Progress
+    step: str
+    total: int
+
+    def __call__(self, done: int) -> None:
+        self.progress(self.step, done, self.total)
+
+
+def order_of(
+    source: str | os.PathLike[str] | EngineSpec,
+    profile: str | DeviceProfile | None,
+    precision: WantedPrecision,
+    calibration: str | os.PathLike[str] | None,
+    samples: int | None,
+    output: str | os.PathLike[str] | None,
+    progress: Progress,
+) -> Order:
+    spec, folder, place = _spec_and_places(source)
+    machine = Machine.read()
+    if profile is None:
+        chosen, _ = detect(machine, load_profiles())
+    else:
+        chosen = profile if isinstance(profile, DeviceProfile) else load_profile(profile)
+    if precision not in get_args(WantedPrecision):
+        raise SpecError(f"There is no precision {precision!r}.", fix="It is auto, fp32, fp16 or int8.")
+    if precision != "auto" and precision not in chosen.precisions:
+        raise ProfileError(
+            f"The profile {chosen.name} does not compute {precision}; it computes {', '.join(chosen.precisions)}.",
+            fix="Choose one of those, or auto.",
+        )
+    target = Path(output) if output is not None else place / "build" / chosen.name
+    _refuse_to_overwrite(target)
+    backend = backend_for(chosen)
+    return Order(
+        spec=_with_calibration(spec, calibration, samples),
+        folder=folder,
+        profile=chosen,
+        precision=precision,
+        output=target,
+        backend=backend,
+        missing=_missing(chosen, backend),
+        measurable=chosen.architecture == machine.architecture and backend.name == chosen.backends[0],
+        progress=progress,
+    )
+
+
+def _spec_and_places(source: str | os.PathLike[str] | EngineSpec) -> tuple[EngineSpec, Path, Path]:
+    """The spec, the folder its callables are imported from, and the folder that gets `build/`."""
+    if isinstance(source, EngineSpec):
+        return source, source.model.parent, source.model.parent
+    path = Path(source)
+    if not path.exists():
+        raise SpecError(f"There is nothing at {path}.", fix="Give the folder of an engine.toml, or an .onnx file.")
+    if path.is_dir() or path.suffix == ".toml":
+        spec = load_spec(path)
+        folder = (path if path.is_dir() else path.parent).resolve()
+        return spec, folder, folder
+    spec = spec_for_model(path)
+    return spec, path.absolute().parent, path.absolute().parent / spec.name
+
+
+def _with_calibration(spec: EngineSpec, calibration: str | os.PathLike[str] | None, samples: int | None) -> EngineSpec:
+    if samples is not None and samples < 1:
+        raise SpecError(f"{samples} calibration samples were asked for; at least 1 is needed.")
+    section = spec.calibration
+    if calibration is not None:
+        data = data_source(os.fspath(calibration), Path.cwd())
+        section = section.model_copy(update={"data": data}) if section else Calibration(data=data)
+    if samples is not None and section is not None:
+        section = section.model_copy(update={"samples": samples})
+    return spec.model_copy(update={"calibration": section})
+
+
+def _refuse_to_overwrite(target: Path) -> None:
+    """A build replaces the whole directory, so it must be a package, empty, or not there."""
+    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
+        raise PackageError(f"{target} holds something that is not an engine package.", fix="Give another --output.")
+    if target.exists() and not target.is_dir():
+        raise PackageError(f"{target} is not a directory.", fix="Give another --output.")
+
+
+def _missing(profile: DeviceProfile, backend: Backend) -> str | None:
+    """Why the backend the profile prefers is not the one used here; None if it is."""
+    preferred = profile.backends[0]
+    if preferred == backend.name:
+        return None
+    try:
+        why = backend_named(preferred).availability().why_not
+    except BackendUnavailable as exc:
+        why = exc.problem
+    return f"{preferred} has no engine here: {why} The graph runs on the device's CPU with {backend.name} meanwhile."
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """Everything a build depends on, read and checked, and the digest of it all."""
+
+    model: ModelProto
+    summary: ModelSummary
+    sha256: str
+    labels: tuple[str, ...]
+    calibration: Samples | None
+    judging: Samples | None
+    """Validation data, or held-out calibration samples; None without any data."""
+    judged_on: str
+    held_out: Samples | None
+    """Calibration samples on which methods are compared."""
+    data_sha256: str
+    key: str
+
+
+def gathered(order: Order) -> Ingredients:
+    spec = order.spec
+    model = read_model(spec.model)
+    summary = summarize(model, spec.model.name)
+    labels = read_labels(spec.postprocess.labels) if spec.postprocess.labels is not None else ()
+    _check_task(spec, summary, labels)
+    reader = Reader(summary.inputs, decoder_for(spec.preprocess, summary.inputs), labels, order.folder)
+    calibration, held_out = _calibration_samples(spec, reader)
+    validation = open_samples(spec.validation.data, reader, limit=_CALLABLE_LIMIT) if spec.validation else None
+    if validation is not None:
+        judged_on = f"{len(validation)} samples of {spec.validation.data if spec.validation else ''}"
+    elif held_out is not None:
+        judged_on = f"{len(held_out)} held-out samples of {held_out.source}"
+    else:
+        judged_on = "no data: none was given"
+    order.progress("reading the data", 0, 1)
+    data_sha256 = calibration.digest() if calibration is not None else ""
+    others = [samples.digest() for samples in (held_out, validation) if samples is not None]
+    order.progress("reading the data", 1, 1)
+    content = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+    return Ingredients(
+        model=model,
+        summary=summary,
+        sha256=file_sha256(spec.model),
+        labels=labels,
+        calibration=calibration,
+        judging=validation or held_out,
+        judged_on=judged_on,
+        held_out=held_out,
+        data_sha256=data_sha256,
+        key=_build_key(order, content, labels, [data_sha256, *others]),
+    )
+
+
+_CALLABLE_LIMIT = 1000
+"""How many validation samples are taken from a callable, which may never end."""
+
+
+def _check_task(spec: EngineSpec, summary: ModelSummary, labels: tuple[str, ...]) -> None:
+    """SpecError if the task does not suit the model, or the labels do not."""
+    task_for(
+        spec.task,
+        name=spec.name,
+        version=spec.version,
+        inputs=summary.inputs,
+        outputs=summary.outputs,
+        preprocess=spec.preprocess,
+        postprocess=spec.postprocess,
+        labels=labels,
+    )
+    sizes = summary.outputs[0].shape[1:] if summary.outputs else ()
+    fixed = [axis for axis in sizes if isinstance(axis, int)]
+    if labels and fixed and len(fixed) == len(sizes) and int(np.prod(fixed)) != len(labels):
+        raise SpecError(
+            f"{spec.postprocess.labels} has {len(labels)} labels; the model's first output has {int(np.prod(fixed))} "
+            "scores.",
+            fix="There must be one label for each class, in their order.",
+        )
+
+
+def _calibration_samples(spec: EngineSpec, reader: Reader) -> tuple[Samples | None, Samples | None]:
+    """The samples to calibrate on and others of the same data, held out to compare methods on.
+
+    The held-out ones are those the spread left over; where it took all, every fifth of it.
+    """
+    if spec.calibration is None:
+        return None, None
+    wanted = spec.calibration.samples
+    held_out = max(_MIN_HELD_OUT, wanted // 4)
+    everything = open_samples(spec.calibration.data, reader, limit=wanted + held_out).without_labels()
+    chosen = everything.spread(wanted)
+    rest = everything.without(chosen)
+    if len(rest) >= _MIN_HELD_OUT:
+        return chosen, rest.spread(held_out)
+    if len(chosen) < 5:
+        return chosen, chosen
+    fifth = chosen.spread(len(chosen) // 5)
+    return chosen.without(fifth), fifth
+
+
+def _build_key(order: Order, model: str, labels: tuple[str, ...], data: Sequence[str]) -> str:
+    """Paths are not in it: a build that was moved, or whose data was, is still the same build."""
+    spec = order.spec.model_dump(mode="json")
+    del spec["model"], spec["postprocess"]["labels"]
+    for section in ("calibration", "validation"):
+        if spec[section] is not None:
+            del spec[section]["data"]
+    content = {
+        "model": model,
+        "file": order.spec.model.name,
+        "spec": spec,
+        "labels": labels,
+        "data": data,
+        "profile": order.profile.model_dump(mode="json"),
+        "precision": order.precision,
+        "backend": [order.backend.name, order.missing],
+        "measurable": order.measurable,
+        "tools": tools(),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def tools() -> dict[str, str]:
+    versions = {"edge-sdk": edge_sdk.__version__}
+    for name in ("onnx", "onnxruntime", "onnxslim", "numpy"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def existing(output: Path, key: str) -> EnginePackage | None:
+    """The package at `output` if it was built from the same things and is whole."""
+    try:
+        package = EnginePackage.open(output)
+        if package.manifest.build_key != key:
+            return None
+        package.verify()
+    except PackageError:
+        return None
+    return package
