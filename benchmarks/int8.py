@@ -3,7 +3,7 @@
     python -m benchmarks.int8 [--shared DIR]
 
 SqueezeNet 1.1, calibrated on every fourth photo (125), judged on the other 375: top-1, agreement with FP32's first
-label, and latency at batch 1, all three engines interleaved, each with as many threads as the profile says. What the package
+label, and latency at batch 1, all three engines interleaved, with as many threads as the profile says. What the package
 was measured at when it was built is in its report.md; this is the second opinion.
 """
 

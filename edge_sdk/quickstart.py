@@ -26,7 +26,7 @@ from edge_sdk import console, resources
 from edge_sdk.bench import BenchResult, drive, in_process
 from edge_sdk.compile.pipeline import build
 from edge_sdk.errors import BackendError, NoAnswer
-from edge_sdk.mqtt.broker import start_broker
+from edge_sdk.mqtt.broker import start_broker, tied_to_us
 from edge_sdk.mqtt.client import Client
 from edge_sdk.mqtt.negotiation import ProtocolSetting
 from edge_sdk.package import EnginePackage, Measurements

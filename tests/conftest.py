@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from edge_sdk import resources
 from edge_sdk.compile.pipeline import build
 from edge_sdk.package import EnginePackage
+
+# How long an example may take says more about the machine's other work than about ours.
+hypothesis.settings.register_profile("edge-sdk", deadline=None)
+hypothesis.settings.load_profile("edge-sdk")
 
 
 @pytest.fixture(scope="session")

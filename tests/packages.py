@@ -9,13 +9,18 @@ A graph says what it computes in its docstring, so a test can tell what to expec
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+import pytest
+
+pytest.importorskip("onnx", reason="graphs cannot be made without the extra `build`")
+
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edge_sdk.backends.reference import ORDERS
@@ -39,6 +44,9 @@ Shape = Sequence[int | str | None]
 ARCHITECTURE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
 PROFILE = "cpu-arm64" if ARCHITECTURE == "aarch64" else "cpu-x86"
 """A profile whose packages load on the machine that runs the tests."""
+
+BACKEND = "onnxruntime" if importlib.util.find_spec("onnxruntime") is not None else "reference"
+"""What runs a package unless a test says otherwise."""
 
 
 def profile() -> DeviceProfile:
@@ -144,7 +152,7 @@ def make_package(
     *,
     name: str | None = None,
     version: str = "1",
-    backend: Literal["onnxruntime", "reference"] = "onnxruntime",
+    backend: str = BACKEND,
     task: TaskName = "tensors",
     max_batch: int = 8,
     best_batch: int | None = None,
@@ -199,7 +207,7 @@ def _axis(axis: Any) -> int | str:
 
 
 def _dtype(kind: int) -> str:
-    name = TensorProto.DataType.Name(kind)
+    name: str = TensorProto.DataType.Name(kind)
     dtype = {"STRING": "string", "FLOAT": "float32", "DOUBLE": "float64"}.get(name, name.lower())
 
     assert dtype in DTYPE_FROM_OIP.values(), dtype

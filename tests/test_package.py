@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -92,9 +91,14 @@ def test_a_file_that_is_not_listed_is_not_read(package: EnginePackage) -> None:
 @pytest.mark.parametrize("interruption", [ValueError, KeyboardInterrupt])
 def test_an_interrupted_write_leaves_nothing_behind(package: EnginePackage, interruption: type[BaseException]) -> None:
     """The old package stays, and no half-written folder beside it."""
-    with pytest.raises(interruption), writing(package.path) as folder:
-        (folder / GRAPH).write_bytes(b"half")
-        raise interruption
+
+    def interrupted() -> None:
+        with writing(package.path) as folder:
+            (folder / GRAPH).write_bytes(b"half")
+            raise interruption
+
+    with pytest.raises(interruption):
+        interrupted()
 
     assert [package.path] == list(package.path.parent.iterdir())
     EnginePackage.open(package.path).verify()
@@ -162,8 +166,9 @@ def test_packages_are_found_where_people_put_them(tmp_path: Path, layout: str) -
 
 def test_nothing_is_left_open(package: EnginePackage) -> None:
     """Reading and replacing packages all day uses up no file descriptors."""
-    before = len(os.listdir("/proc/self/fd"))
+    descriptors = Path("/proc/self/fd")
+    before = len(list(descriptors.iterdir()))
     for _ in range(5):
         make_package(package.path, scaling()).verify()
 
-    assert before == len(os.listdir("/proc/self/fd"))
+    assert before == len(list(descriptors.iterdir()))

@@ -39,7 +39,11 @@ def test_defaults_stand_alone() -> None:
 
 def test_the_command_line_wins_over_the_environment_over_the_file(file: Path) -> None:
     """Each layer overrides key by key; what it leaves unset (None) stays."""
-    environment = {"EDGE_SDK_DEVICE": "from-env", "EDGE_SDK_BROKER__URL": "mqtt://env", "EDGE_SDK_LIMITS__MAX_QUEUE": "8"}
+    environment = {
+        "EDGE_SDK_DEVICE": "from-env",
+        "EDGE_SDK_BROKER__URL": "mqtt://env",
+        "EDGE_SDK_LIMITS__MAX_QUEUE": "8",
+    }
     overrides = {"device": None, "broker": {"url": "mqtt://option", "username": None}}
     settings = load_settings(file, overrides, environment)
 
@@ -69,7 +73,11 @@ def test_every_key_has_an_environment_variable() -> None:
     """What the file can say, a variable can: each of them reaches its own key."""
     defaults = Settings(device="d").model_dump()
     keys = [(table, key) for table, value in defaults.items() if isinstance(value, dict) for key in value]
-    wrong = {f"EDGE_SDK_{table}__{key}".upper(): "\0" for table, key in keys if isinstance(defaults[table][key], (int, float))}
+    wrong = {
+        f"EDGE_SDK_{table}__{key}".upper(): "\0"
+        for table, key in keys
+        if isinstance(defaults[table][key], (int, float))
+    }
     reached = set()
     for variable, value in wrong.items():
         with pytest.raises(SettingsError) as caught:

@@ -184,7 +184,7 @@ def _start(kind: BrokerKind, directory: Path, timeout_s: float) -> tuple[subproc
         port = _free_port()
         with log.open("wb") as output:
             process = subprocess.Popen(
-                _tied_to_us(_command(kind, port, directory)),
+                tied_to_us(_command(kind, port, directory)),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -221,7 +221,8 @@ def _command(kind: BrokerKind, port: int, directory: Path) -> list[str]:
     )
 
 
-def _tied_to_us(command: list[str]) -> list[str]:
+def tied_to_us(command: list[str]) -> list[str]:
+    """`command`, such that its process does not outlive the thread that starts it, however that ends (on Linux)."""
     if sys.platform != "linux":
         return command
     return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]

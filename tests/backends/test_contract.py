@@ -104,7 +104,9 @@ def test_more_arrays_than_any_loop_uses(engine: Engine) -> None:
         assert (feeds["x"] * 2).tolist() == out["y"].tolist()
 
 
-@pytest.mark.parametrize("model", [packages.scaling(2.0), packages.identity(shape=("batch", 4))], ids=["mul", "identity"])
+@pytest.mark.parametrize(
+    "model", [packages.scaling(2.0), packages.identity(shape=("batch", 4))], ids=["mul", "identity"]
+)
 def test_results_belong_to_the_caller(backend: Backend, model: ModelProto) -> None:
     """Without `out`, what one call gave back is changed neither by the next nor by a change of the feeds."""
     engine = load(backend, model)

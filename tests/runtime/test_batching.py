@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -70,9 +71,13 @@ def test_expire_takes_only_what_is_too_late(deadlines: list[int], now: int) -> N
 
     assert () == plan.batch
     assert [each for each in waiting if each.deadline <= now] == list(plan.expired)
-    for ticket in range(len(plan.expired) + 20 - len(waiting)):
-        planner.offer(request(100 + ticket), 0.0)
-    assert [each for each in waiting if each.deadline > now] == list(planner.clear()[: len(waiting) - len(plan.expired)])
+    kept = [each for each in waiting if each.deadline > now]
+    more = [request(100 + n) for n in range(20 - len(kept))]
+    for each in more:
+        planner.offer(each, 0.0)
+    with pytest.raises(QueueFull):
+        planner.offer(request(200), 0.0)
+    assert (*kept, *more) == planner.clear()
 
 
 def test_a_full_batch_does_not_wait() -> None:
@@ -125,6 +130,6 @@ def test_pack_partitions_in_order(rows: list[int], max_rows: int) -> None:
     assert list(range(len(rows))) == [index for group in groups for index in group]
     for group in groups:
         assert len(group) == 1 or (sum(rows[i] for i in group) <= max_rows and all(rows[i] for i in group))
-    for one, next_one in zip(groups, groups[1:]):
+    for one, next_one in itertools.pairwise(groups):
         together = [rows[i] for i in (*one, next_one[0])]
         assert sum(together) > max_rows or 0 in together

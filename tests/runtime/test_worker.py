@@ -45,7 +45,7 @@ def rows_of(worker: Worker, *payloads: Payload, output: str = "y") -> list[Array
     return [response(answers[each.ticket]).outputs[output] for each in requests]
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "reference"])
+@pytest.mark.parametrize("backend", sorted({packages.BACKEND, "reference"}))
 def test_a_batch_is_its_requests(hire: Hire, backend: str) -> None:
     """Each answer holds its own rows, in order, whatever the sizes and the forms of the others."""
     worker = hire(packages.scaling(2.0), backend=backend, max_batch=8)
@@ -102,7 +102,9 @@ def test_strings_share_a_batch_too(hire: Hire) -> None:
     worker = hire(packages.identity(TensorProto.STRING, ("batch", 1)), max_batch=4)
     words = [np.array([[word]], dtype=object) for word in (b"one", "zwölf".encode(), b"")]
 
-    assert [word.tolist() for word in words] == [each.tolist() for each in rows_of(worker, *[payload(x=w) for w in words])]
+    assert [word.tolist() for word in words] == [
+        each.tolist() for each in rows_of(worker, *[payload(x=w) for w in words])
+    ]
 
 
 def test_a_request_larger_than_a_batch_is_too_large(hire: Hire) -> None:

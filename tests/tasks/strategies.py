@@ -16,16 +16,16 @@ NUMBERS = [dtype for dtype in OIP_FROM_DTYPE if dtype != "string"]
 @st.composite
 def arrays(draw: st.DrawFn, *, finite: bool = False, strings: bool = True) -> Array:
     """An array of any dtype of the wire, of up to three axes, in any memory layout."""
-    shape = tuple(draw(st.lists(st.integers(0, 4), max_size=3)))
+    shape: tuple[int, ...] = tuple(draw(st.lists(st.integers(0, 4), max_size=3)))
     count = int(np.prod(shape))
     dtype = draw(st.sampled_from([*NUMBERS, *(["string"] if strings else [])]))
     if dtype == "string":
         element = st.text(st.characters(codec="utf-8"), max_size=5).map(str.encode) if finite else st.binary(max_size=5)
-        array = np.empty(count, dtype=object)
-        array[:] = draw(st.lists(element, min_size=count, max_size=count))
-        return array.reshape(shape)
+        words = np.empty(count, dtype=object)
+        words[:] = draw(st.lists(element, min_size=count, max_size=count))
+        return words.reshape(shape)
     size = count * np.dtype(dtype).itemsize
-    array = np.frombuffer(draw(st.binary(min_size=size, max_size=size)), dtype=dtype).reshape(shape)
+    array: Array = np.frombuffer(draw(st.binary(min_size=size, max_size=size)), dtype=dtype).reshape(shape)
     if dtype == "bool":
         array = (array.view(np.uint8) & 1).view(bool)
     if finite and array.dtype.kind == "f":

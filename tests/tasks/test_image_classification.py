@@ -51,14 +51,24 @@ def classified(scores: Array, accept: str | None = None, *, kind: str = "probabi
 
 @pytest.mark.parametrize(
     "sent",
-    [Payload(photo(), PNG), Payload(photo("JPEG"), JPEG), Payload(photo()), Payload(photo("JPEG")), Payload(photo(), JPEG)],
+    [
+        Payload(photo(), PNG),
+        Payload(photo("JPEG"), JPEG),
+        Payload(photo()),
+        Payload(photo("JPEG")),
+        Payload(photo(), JPEG),
+    ],
     ids=["PNG", "JPEG", "sniffed PNG", "sniffed JPEG", "PNG called JPEG"],
 )
 def test_a_photo_is_one_row_of_the_model(sent: Payload) -> None:
     """Named, sniffed, or called by the other's name."""
     decoded = task().decode(sent)
 
-    assert ((1, 3, 8, 8), np.float32, 1) == (decoded.feeds["image"].shape, decoded.feeds["image"].dtype, decoded.rows)
+    assert ((1, 3, 8, 8), "float32", 1) == (
+        decoded.feeds["image"].shape,
+        decoded.feeds["image"].dtype.name,
+        decoded.rows,
+    )
     assert [1, 0, 0] == pytest.approx(decoded.feeds["image"].mean((0, 2, 3)).tolist(), abs=0.02)
 
 
@@ -90,7 +100,9 @@ def test_the_answer_is_labels_in_three_forms() -> None:
     """JSON has strings and predictions, binary the same strings, text one string a line."""
     asked = task()
     scores = np.array([[0.1, 0.7, 0.2]], np.float32)
-    bodies = {a: asked.encode({"scores": scores}, asked.decode(Payload(photo(), accept=a))) for a in (None, BINARY, TEXT)}
+    bodies = {
+        a: asked.encode({"scores": scores}, asked.decode(Payload(photo(), accept=a))) for a in (None, BINARY, TEXT)
+    }
     strings = [b"0.700000:1:green", b"0.200000:2:blue"]
 
     assert (JSON, BINARY, TEXT) == tuple(body.content_type for body in bodies.values())
@@ -105,7 +117,7 @@ def test_the_answer_is_labels_in_three_forms() -> None:
 def test_logits_go_through_a_softmax() -> None:
     """Scores add up to one, also where a convolutional head leaves axes of one pixel, and where they are huge."""
     logits = np.array([[1, 3, 2]], np.float32)
-    expected = [(1, pytest.approx(0.665241, abs=1e-5)), (2, pytest.approx(0.244728, abs=1e-5))]
+    expected = [(1, 0.665241), (2, 0.244728)]
 
     assert expected == classified(logits, kind="logits")
     assert expected == classified(logits.reshape(1, 3, 1, 1), kind="logits")

@@ -69,7 +69,7 @@ def jpeg_claiming(width: int, height: int) -> bytes:
 
 def pixels_of(data: bytes, preprocess: Preprocess = SMALL) -> Array:
     """Decoded as H x W x C again, to compare with what was drawn."""
-    return decode_image(data, preprocess)[0].transpose(1, 2, 0)
+    return np.moveaxis(decode_image(data, preprocess)[0], 0, -1)
 
 
 # What is declared is what happens
@@ -85,7 +85,11 @@ def test_preprocessing_is_plain_arithmetic(color: str, layout: str) -> None:
     preprocess = Preprocess.model_validate(
         {"resize": (48, 64), "color": color, "scale": 1 / 255, "mean": mean, "std": std, "layout": layout}
     )
-    ordered = {"RGB": pixels, "BGR": pixels[:, :, ::-1], "L": np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None]}
+    ordered = {
+        "RGB": pixels,
+        "BGR": pixels[:, :, ::-1],
+        "L": np.asarray(Image.fromarray(pixels).convert("L"))[:, :, None],
+    }
     expected = (ordered[color].astype(np.float64) / 255 - mean) / std
     actual = decode_image(encoded(pixels, "PNG"), preprocess)
 
@@ -95,7 +99,12 @@ def test_preprocessing_is_plain_arithmetic(color: str, layout: str) -> None:
 
 @pytest.mark.parametrize(
     ("size", "short_side", "crop", "shape"),
-    [((64, 48), 24, None, (24, 32)), ((48, 64), 24, None, (32, 24)), ((64, 48), 24, 16, (16, 16)), ((8, 8), 24, 32, (32, 32))],
+    [
+        ((64, 48), 24, None, (24, 32)),
+        ((48, 64), 24, None, (32, 24)),
+        ((64, 48), 24, 16, (16, 16)),
+        ((8, 8), 24, 32, (32, 32)),
+    ],
 )
 def test_the_shorter_side_is_resized_and_the_middle_is_cut_out(
     size: tuple[int, int], short_side: int, crop: int | None, shape: tuple[int, int]
@@ -244,7 +253,7 @@ def test_sixteen_bits_keep_their_upper_eight() -> None:
 def test_what_is_no_decent_picture_is_refused(data: bytes, expected: type[RequestError]) -> None:
     """413, 400 or 415, within a second and without the memory of what was claimed."""
     preprocess = Preprocess(resize_short_side=224, center_crop=224) if expected is TooLarge else SMALL
-    started = time.perf_counter()
+    started = time.process_time()
     tracemalloc.start()
     with pytest.raises(expected) as caught:
         decode_image(data, preprocess)
@@ -252,7 +261,7 @@ def test_what_is_no_decent_picture_is_refused(data: bytes, expected: type[Reques
     tracemalloc.stop()
 
     assert "/" not in str(caught.value)
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0
     assert peak < 10_000_000
 
 

@@ -72,7 +72,11 @@ def test_every_way_to_say_the_same(sent: Payload) -> None:
         (Payload(b"", JSON), Malformed, "not JSON"),
         (Payload(b"hello", None), UnsupportedType, "do not tell"),
         (Payload(b"RIFF", None), UnsupportedType, "do not tell"),
-        (Payload(b"\xff\xd8\xff", None), UnsupportedType, "'image/jpeg' is not taken; this model takes application/json"),
+        (
+            Payload(b"\xff\xd8\xff", None),
+            UnsupportedType,
+            "'image/jpeg' is not taken; this model takes application/json",
+        ),
         (Payload(b"a cat", TEXT), UnsupportedType, "'text/plain' is not taken"),
         (Payload(b"x", "x" * 1000), UnsupportedType, "is not taken"),
         (Payload(bytes(11), BINARY), InvalidTensor, "takes 12 bytes .* 11 came"),
@@ -96,7 +100,7 @@ def test_a_model_of_two_inputs_cannot_be_asked_with_one_array() -> None:
     """Raw bytes and .npy name no input; the error names the form that does."""
     two = task(TensorSpec("a", "float32", ("batch", 3)), TensorSpec("b", "float32", ("batch", 3)))
     for sent in (Payload(X.tobytes(), BINARY), Payload(npy(X), NPY)):
-        with pytest.raises(InvalidTensor, match="2 inputs.*Open Inference Protocol"):
+        with pytest.raises(InvalidTensor, match=r"2 inputs.*Open Inference Protocol"):
             two.decode(sent)
 
     assert 2 == two.decode(payload(encode_request({"a": X.repeat(2, 0), "b": X.repeat(2, 0)}))).rows
@@ -160,7 +164,11 @@ def test_an_answer_echoes_the_requests_id() -> None:
     ("dtype", "scores", "best"),
     [
         ("float32", [[0.1, 0.7, 0.2]], [["0.700000:1:dog", "0.200000:2:owl"]]),
-        ("float32", [[0.1, 0.1, 0.2], [3, 2, 1]], [["0.200000:2:owl", "0.100000:0:cat"], ["3.000000:0:cat", "2.000000:1:dog"]]),
+        (
+            "float32",
+            [[0.1, 0.1, 0.2], [3, 2, 1]],
+            [["0.200000:2:owl", "0.100000:0:cat"], ["3.000000:0:cat", "2.000000:1:dog"]],
+        ),
         ("uint8", [[0, 255, 7]], [["255.000000:1:dog", "7.000000:2:owl"]]),
         ("int8", [[-128, 127, 7]], [["127.000000:1:dog", "7.000000:2:owl"]]),
         ("bool", [[False, True, False]], [["1.000000:1:dog", "0.000000:0:cat"]]),
