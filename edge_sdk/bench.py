@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from edge_sdk.backends.registry import load_engine
 from edge_sdk.errors import EdgeSdkError, RequestError
 from edge_sdk.package import EnginePackage
 from edge_sdk.runtime.batching import QueueLimits
@@ -25,7 +24,6 @@ from edge_sdk.runtime.messages import Answer, Request
 from edge_sdk.runtime.served import ServedModel
 from edge_sdk.runtime.worker import Worker
 from edge_sdk.tasks.base import Body, Payload
-from edge_sdk.tasks.registry import task_of
 from edge_sdk.tensors import Feeds, TensorSpec, numpy_dtype
 
 Submit = Callable[[], "Future[Any]"]
@@ -123,7 +121,7 @@ def in_process(package: EnginePackage) -> Iterator[Callable[[Payload], Future[Bo
     served = ServedModel(
         package.name, package.version, limits=QueueLimits(), on_answer=finish, clock=time.monotonic
     )  # fmt: skip
-    worker = Worker(package, load_engine(package), task_of(package))
+    worker = Worker.load(package)
     worker.warm_up()
     served.put_in_service(worker, quick=False)
     try:

@@ -354,7 +354,8 @@ class Daemon:
     def _status(self) -> str:
         models = self._service.models()
         ready = sum(model.state == "READY" for model in models)
-        return f"{ready} of {len(models)} models ready, {'connected' if self._reconnection.is_connected else 'not connected'}"
+        connected = "connected" if self._reconnection.is_connected else "not connected"
+        return f"{ready} of {len(models)} models ready, {connected}"
 
     def _pause_s(self, now: float) -> float:
         """How long the next poll may wait for something to happen."""

@@ -37,7 +37,7 @@ answer, or a wrong one; 130 interrupted.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class EdgeSdkError(Exception):
@@ -52,6 +52,16 @@ class EdgeSdkError(Exception):
 
     def __str__(self) -> str:
         return f"{self.problem} {self.fix}" if self.fix else self.problem
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors cross process borders whole: Exception's own way forgets keyword arguments."""
+        return _restored, (type(self), self.__dict__)
+
+
+def _restored(kind: type[EdgeSdkError], facts: dict[str, Any]) -> EdgeSdkError:
+    error = kind.__new__(kind, facts["problem"], facts["fix"])
+    error.__dict__.update(facts)
+    return error
 
 
 class ModelError(EdgeSdkError):

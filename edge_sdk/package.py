@@ -5,6 +5,7 @@ A package is a directory:
     manifest.json     what it is: I/O, task, profile, precision, provenance, measurements, a digest of every file
     graph.onnx        the portable graph; INT8 is in it as Q/DQ nodes, so any backend can be given it
     labels.txt        where the task has labels
+    profile.json      the device profile it was built for, as it was then
     report.json       the figures; report.md says them to a person
     engine.*          where a backend has one: a cache entry that can be rebuilt from the graph
 
@@ -30,7 +31,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from edge_sdk.errors import PackageError
-from edge_sdk.profiles import Machine, Precision
+from edge_sdk.profiles import DeviceProfile, Machine, Precision, load_profile
 from edge_sdk.spec import NAME, Postprocess, Preprocess, TaskName
 from edge_sdk.tensors import TensorSpec
 from edge_sdk.toml import describe
@@ -39,6 +40,7 @@ FORMAT = 1
 GRAPH = "graph.onnx"
 MANIFEST = "manifest.json"
 LABELS = "labels.txt"
+PROFILE = "profile.json"
 
 
 class Record(BaseModel):
@@ -219,6 +221,17 @@ class EnginePackage:
         if LABELS not in self.manifest.files:
             return ()
         return tuple(self.read(LABELS).decode("utf-8").splitlines())
+
+    def profile(self) -> DeviceProfile:
+        """The device profile it was built for, as it was then: a package means the same wherever it is carried."""
+        if PROFILE not in self.manifest.files:
+            return load_profile(self.manifest.profile)
+        try:
+            return DeviceProfile.model_validate_json(self.read(PROFILE))
+        except ValidationError as exc:
+            raise PackageError(
+                f"{self.path / PROFILE}: {describe(exc)}.", fix="Build the package again with this edge-sdk."
+            ) from exc
 
     def mismatches(self, machine: Machine) -> tuple[str, ...]:
         """Every way in which the package does not fit `machine`; empty if it does. Backends are not asked here."""

@@ -137,13 +137,17 @@ def _built(spec: EngineSpec, quiet: bool) -> EnginePackage:
 
 @contextmanager
 def _daemon(engines: Path, broker: str, protocol: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The real daemon, as a process that ends with this block; what it says goes to `log`."""
+    """The real daemon, as a process that ends with this block; what it says goes to `log`.
+
+    It is tied to us for the moment in which an interrupt may come: after it was started, before we know of it.
+    """
     command = [sys.executable, "-m", "edge_sdk", "serve", "--engines", str(engines), "--broker", broker]
-    with log.open("wb") as stderr:
+    with log.open("wb") as said:
         process = subprocess.Popen(
-            [*command, "--device", DEVICE],
-            stderr=stderr,
+            tied_to_us([*command, "--device", DEVICE]),
             stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
             env={**os.environ, "EDGE_SDK_BROKER__PROTOCOL": protocol},
         )
     try:

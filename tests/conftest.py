@@ -9,7 +9,6 @@ import hypothesis
 import pytest
 
 from edge_sdk import resources
-from edge_sdk.compile.pipeline import build
 from edge_sdk.package import EnginePackage
 
 # How long an example may take says more about the machine's other work than about ours.
@@ -29,5 +28,8 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> EnginePackage:
     """The bundled example, built for this machine with INT8; alone in its folder, which a daemon can serve."""
+    pytest.importorskip("onnx", reason="building needs the extra [build]")
+    from edge_sdk.compile.pipeline import build
+
     output = tmp_path_factory.mktemp("engines") / "digits"
     return build(resources.EXAMPLES / "digits", precision="int8", output=output).package

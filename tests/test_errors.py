@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -71,3 +72,15 @@ def test_a_message_says_what_is_wrong_and_what_to_do() -> None:
     assert "It does not fit. Build it here." == str(error)
     assert ("It does not fit.", "Build it here.") == (error.problem, error.fix)
     assert "It is full." == str(QueueFull("It is full."))
+
+
+@pytest.mark.parametrize("kind", [*tree()], ids=lambda kind: kind.__name__)
+def test_errors_cross_process_borders_whole(kind: type[EdgeSdkError]) -> None:
+    """Pickled and read again, an error has its type, its text and its facts."""
+    facts = {"reasons": ("it is small",)} if issubclass(kind, PackageMismatch) else {}
+    error = kind("It is wrong.", fix="Mend it.", **facts)
+    again = pickle.loads(pickle.dumps(error))
+
+    assert kind is type(again)
+    assert str(error) == str(again)
+    assert vars(error) == vars(again)

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
+from edge_sdk import build_engine, load_engine
 from edge_sdk.errors import PackageError
 from edge_sdk.package import GRAPH, LABELS, MANIFEST, EnginePackage, package_folders, writing
-from edge_sdk.profiles import Machine
-from tests.packages import ARCHITECTURE, make_package, scaling
+from edge_sdk.profiles import Machine, load_profile
+from tests.packages import ARCHITECTURE, PROFILE, make_package, scaling
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -172,3 +173,15 @@ def test_nothing_is_left_open(package: EnginePackage) -> None:
         make_package(package.path, scaling()).verify()
 
     assert before == len(list(descriptors.iterdir()))
+
+
+def test_a_package_carries_its_profile(tmp_path: Path) -> None:
+    """A package built for a profile of one's own loads where nobody has that file."""
+    mine = load_profile(PROFILE).model_copy(update={"name": "my-device"})
+    model = tmp_path / "double.onnx"
+    model.write_bytes(scaling().SerializeToString())
+    built = build_engine(model, profile=mine, output=tmp_path / "package")
+
+    assert mine == EnginePackage.open(built.path).profile()
+    with load_engine(built) as engine:
+        assert ["x"] == [spec.name for spec in engine.inputs]

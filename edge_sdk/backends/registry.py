@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from edge_sdk.errors import BackendUnavailable, PackageMismatch
 from edge_sdk.package import EnginePackage
-from edge_sdk.profiles import DeviceProfile, Machine, load_profile
+from edge_sdk.profiles import DeviceProfile, Machine
 
 if TYPE_CHECKING:
     from edge_sdk.backends.base import Backend, Engine
@@ -67,4 +67,4 @@ def load_engine(package: EnginePackage, machine: Machine | None = None) -> Engin
     chosen = backend(package.manifest.backend.name)
     if not (available := chosen.availability()):
         raise BackendUnavailable(f"The package {package} needs {chosen.name}: {available.why_not}", fix=available.fix)
-    return chosen.load(package, load_profile(package.manifest.profile))
+    return chosen.load(package, package.profile())

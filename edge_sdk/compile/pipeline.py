@@ -47,6 +47,7 @@ from edge_sdk.errors import (
 from edge_sdk.package import (
     GRAPH,
     LABELS,
+    PROFILE,
     BackendRecord,
     BatchingRecord,
     CalibrationRecord,
@@ -168,6 +169,7 @@ def _make(order: Order, ingredients: Ingredients) -> EnginePackage:
         (folder / GRAPH).write_bytes(verdict.chosen.graph)
         if ingredients.labels:
             (folder / LABELS).write_text("\n".join(ingredients.labels) + "\n", encoding="utf-8")
+        (folder / PROFILE).write_text(order.profile.model_dump_json(indent=2) + "\n", encoding="utf-8")
         engine_file = order.backend.build(folder / GRAPH, order.profile, folder)
         manifest = _manifest(order, ingredients, verdict, engine_file)
         write_reports(folder, manifest, ingredients.summary, modern.notes)

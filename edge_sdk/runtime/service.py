@@ -26,7 +26,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.backends.registry import load_engine
 from edge_sdk.errors import EdgeSdkError, ModelNotFound, PackageError, RequestError, VersionNotFound
 from edge_sdk.profiles import DeviceProfile, Machine
 from edge_sdk.runtime.batching import QueueLimits
@@ -35,7 +34,6 @@ from edge_sdk.runtime.messages import Answer, Request
 from edge_sdk.runtime.served import ServedModel
 from edge_sdk.runtime.statistics import Statistics
 from edge_sdk.runtime.worker import Worker
-from edge_sdk.tasks.registry import task_of
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +204,9 @@ class Service:
         """Bring one package into service, or note why it is not."""
         started = self._clock()
         try:
-            worker = self._worker(entry)
+            if entry.package is None:
+                raise PackageError(entry.problem)
+            worker = Worker.load(entry.package, self._machine, clock=self._clock)
             warm_s = worker.warm_up()
         except EdgeSdkError as exc:
             log.error("%s %s did not load: %s", entry.model, entry.version, exc)
@@ -216,12 +216,6 @@ class Service:
             model.fail(f"loading it met a defect of edge-sdk ({type(exc).__name__}); the log has the details")
         else:
             model.put_in_service(worker, quick=warm_s <= self._inline_s)
-            model.digest = entry.digest
+            model.digest = worker.package.digest
             took_ms = (self._clock() - started) * 1000
-            log.info("%s is ready after %.0f ms; a batch takes %.2f ms.", entry.package, took_ms, warm_s * 1000)
-
-    def _worker(self, entry: Entry) -> Worker:
-        if entry.package is None:
-            raise PackageError(entry.problem)
-        engine = load_engine(entry.package, self._machine)
-        return Worker(entry.package, engine, task_of(entry.package), clock=self._clock)
+            log.info("%s is ready after %.0f ms; a batch takes %.2f ms.", worker.package, took_ms, warm_s * 1000)

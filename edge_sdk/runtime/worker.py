@@ -18,11 +18,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_sdk.backends.base import Engine
-from edge_sdk.errors import EdgeSdkError, InferenceFailed, RequestError, TooLarge
+from edge_sdk.backends.registry import load_engine
+from edge_sdk.errors import EdgeSdkError, InferenceFailed, PackageError, RequestError, TooLarge
 from edge_sdk.package import EnginePackage
+from edge_sdk.profiles import Machine
 from edge_sdk.runtime.batching import pack
 from edge_sdk.runtime.messages import Answer, Request, Timing
 from edge_sdk.tasks.base import Body, Decoded, Task
+from edge_sdk.tasks.registry import task_of
 from edge_sdk.tensors import Array, Feeds, Outputs, allocate, is_batchable
 
 log = logging.getLogger(__name__)
@@ -72,6 +75,23 @@ class Worker:
         self._engine = engine
         self._clock = clock
         self._slab = Slab.of(engine, self.max_rows)
+
+    @classmethod
+    def load(
+        cls, package: EnginePackage, machine: Machine | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> Worker:
+        """The worker of a package; raises what `load_engine` raises.
+
+        A build may put a new package in the place of this one while it is being read, whose files then do not match
+        the manifest that was opened. So it is looked at once more, and the new one is loaded.
+        """
+        try:
+            return cls(package, load_engine(package, machine), task_of(package), clock=clock)
+        except PackageError:
+            current = EnginePackage.open(package.path)
+            if current.digest == package.digest:
+                raise
+            return cls(current, load_engine(current, machine), task_of(current), clock=clock)
 
     def warm_up(self) -> float:
         """Compute a best batch of zeros, and give back the seconds that it takes once it is warm.

@@ -48,7 +48,7 @@ def test_ready_is_told_to_systemd_after_a_warm_up_and_the_watchdog_is_fed(
     ear = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     ear.bind(str(address))
     ear.settimeout(15)
-    said = []
+    said: list[str] = []
     daemon = DaemonProcess(engines, broker.url, tmp_path / "log", device="notifying")
     daemon.start(extra={"NOTIFY_SOCKET": str(address), "WATCHDOG_USEC": "400000"})
     try:

@@ -12,11 +12,9 @@ import numpy as np
 import pytest
 from onnx import ModelProto, TensorProto
 
-from edge_sdk.backends.registry import load_engine
-from edge_sdk.errors import EngineFailed
+from edge_sdk.errors import EngineFailed, PackageError
 from edge_sdk.runtime.worker import Worker
 from edge_sdk.tasks.base import BINARY, JSON, Payload
-from edge_sdk.tasks.registry import task_of
 from edge_sdk.tensors import Array
 from tests import packages
 from tests.compile.graphs import conv_net, pictures
@@ -31,7 +29,7 @@ def hire(tmp_path: Path) -> Hire:
 
     def hired(model: ModelProto, *, clock: Callable[[], float] = lambda: 0.0, **package: Any) -> Worker:
         made = packages.make_package(tmp_path / "package", model, **package)
-        return Worker(made, load_engine(made), task_of(made), clock=clock)
+        return Worker.load(made, clock=clock)
 
     return hired
 
@@ -211,3 +209,20 @@ def test_closing_closes_the_engine(hire: Hire) -> None:
     worker.close()
 
     assert [500] == statuses(worker.run_batch([request(1.0)]))
+
+
+def test_a_package_replaced_while_it_was_read_is_looked_at_again(tmp_path: Path) -> None:
+    """A worker made of a manifest that is no longer there is one of the package that took its place."""
+    stale = packages.make_package(tmp_path / "scale", packages.scaling(2.0))
+    packages.make_package(tmp_path / "scale", packages.scaling(3.0))
+    worker = Worker.load(stale)
+
+    assert stale.digest != worker.package.digest
+
+
+def test_an_altered_package_stays_refused(tmp_path: Path) -> None:
+    package = packages.make_package(tmp_path / "scale", packages.scaling(2.0))
+    (package.path / "graph.onnx").write_bytes(b"altered")
+
+    with pytest.raises(PackageError, match="altered"):
+        Worker.load(package)
