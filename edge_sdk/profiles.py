@@ -67,8 +67,10 @@ class Quantization(Table):
 class OnnxRuntimeOptions(Table):
     intra_op_threads: int = Field(default=0, ge=0)
     """0: one for each physical core the process may use."""
-    spinning: bool = True
-    """Threads wait for work by spinning: faster alone, costly when the device also does something else."""
+    spinning: bool = False
+    """Threads wait for work by spinning: faster alone, costly when the device also does something else - receive the
+    next request, run the broker. Served over MQTT on two shared cores, MobileNetV2 INT8 answered more requests without
+    it, at half the CPU time (benchmarks/serving.py)."""
     graph_optimization: Literal["none", "basic", "extended", "all"] = "all"
 
 

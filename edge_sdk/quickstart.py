@@ -113,7 +113,7 @@ def run(*, broker: str | None, seconds: float, say: Callable[[str], None], quiet
 @contextmanager
 def _ending_in_order() -> Iterator[None]:
     """SIGTERM and a closed terminal end the block as Ctrl-C does: what it started must not outlive it."""
-    former: dict[int, Any] = {}
+    former: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
             former[number] = signal.signal(number, _interrupt)

@@ -485,7 +485,8 @@ def test_serve_stops_in_order_on_ctrl_c(broker: Broker, tmp_path: Path) -> None:
 
 
 def descendants(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
+    found: list[psutil.Process] = psutil.Process(process.pid).children(recursive=True)
+    return found
 
 
 def gone(processes: list[psutil.Process]) -> bool:

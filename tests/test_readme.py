@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from edge_sdk.errors import NoAnswer
+from edge_sdk.errors import NoAnswer, SpecError
 from edge_sdk.mqtt.client import Client
 from edge_sdk.spec import load_spec
+from edge_sdk.toml import read_toml
 from tests.brokers import MOSQUITTO, eventually, running_mosquitto
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,7 +141,7 @@ def test_every_snippet_is_run_or_parsed() -> None:
         if block.language in PARSED
     ],
 )
-def test_snippets_can_be_parsed(block: Block) -> None:
+def test_snippets_can_be_parsed(block: Block, tmp_path: Path) -> None:
     """Shell, Python, JSON, YAML and TOML are at least that."""
     match block.language:
         case "sh":
@@ -153,9 +154,8 @@ def test_snippets_can_be_parsed(block: Block) -> None:
             yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
             assert yaml.safe_load(block.text)
         case "toml":
-            from edge_sdk.toml import tomllib
-
-            assert tomllib.loads(block.text)
+            (tmp_path / "block.toml").write_text(block.text, encoding="utf-8")
+            assert read_toml(tmp_path / "block.toml", SpecError)
 
 
 def test_the_engine_of_readme_is_a_sound_spec(tmp_path: Path) -> None:

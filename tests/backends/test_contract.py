@@ -229,7 +229,7 @@ def test_backends_agree() -> None:
 def test_the_profile_decides_how_a_graph_is_run(backend: Backend) -> None:
     """Every optimisation level and spinning on or off: the same results."""
     for level in ("none", "basic", "extended", "all"):
-        options = packages.profile().onnxruntime.model_copy(update={"graph_optimization": level, "spinning": False})
+        options = packages.profile().onnxruntime.model_copy(update={"graph_optimization": level, "spinning": True})
         profile = packages.profile().model_copy(update={"onnxruntime": options})
         engine = backend.load_graph(packages.scaling(2.0).SerializeToString(), profile)
 
