@@ -542,7 +542,7 @@ def test_quickstart_cleans_up_when_it_is_interrupted(number: signal.Signals, tmp
     assert 130 == interrupted.code
     assert "Interrupted." == interrupted.err.strip().splitlines()[-1]
     assert "Traceback" not in interrupted.err
-    assert gone(children)
+    eventually(lambda: gone(children), "the end of what quickstart started", 2)
 
 
 def _at_work(process: subprocess.Popen[str]) -> list[psutil.Process] | None:
