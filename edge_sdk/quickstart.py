@@ -25,8 +25,8 @@ from typing import Any
 from edge_sdk import console, resources
 from edge_sdk.bench import BenchResult, drive, in_process
 from edge_sdk.compile.pipeline import build
-from edge_sdk.errors import BackendError, NoAnswer
-from edge_sdk.mqtt.broker import start_broker, tied_to_us
+from edge_sdk.errors import BackendError, BrokerError, NoAnswer
+from edge_sdk.mqtt.broker import find_broker, start_broker, tied_to_us
 from edge_sdk.mqtt.client import Client
 from edge_sdk.mqtt.negotiation import ProtocolSetting
 from edge_sdk.package import EnginePackage, Measurements
@@ -97,8 +97,8 @@ def run(*, broker: str | None, seconds: float, say: Callable[[str], None], quiet
             protocol: ProtocolSetting
             broker, protocol, kind = started.url, started.protocol, f"{started.kind} on loopback"
         else:
-            kind, protocol = broker, "auto"
-        say(f"Broker: {kind}, {broker}")
+            protocol, kind = "auto", _reached(broker)
+        say(f"Broker: {broker}, {kind}")
         spec = load_spec(resources.EXAMPLES / "digits")
         package = _built(spec, quiet)
         say(f"Package: {package.path}")
@@ -108,6 +108,14 @@ def run(*, broker: str | None, seconds: float, say: Callable[[str], None], quiet
             _wait_until_ready(client, package.name, daemon, log)
             say("Daemon: ready; asking it over MQTT")
             return _asked(client, package, spec, kind, seconds)
+
+
+def _reached(broker: str) -> str:
+    """What answers there; BrokerError before anything is built if nothing does."""
+    found = find_broker(broker)
+    if not found.reachable:
+        raise BrokerError(found.detail, fix="Without --broker, quickstart starts one of its own.")
+    return found.detail
 
 
 @contextmanager

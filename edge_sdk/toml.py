@@ -49,11 +49,13 @@ def describe(exc: ValidationError) -> str:
     """pydantic's findings as one sentence: key, what is wrong, what came."""
     clauses = []
     for found in exc.errors(include_url=False)[:5]:
-        key = ".".join(str(part) for part in found["loc"]) or "the whole"
+        key = ".".join(str(part) for part in found["loc"])
         if found["type"] == "extra_forbidden":
             clauses.append(f"`{key}` is not a known key")
         elif found["type"] == "missing":
             clauses.append(f"`{key}` is missing")
+        elif not key:
+            clauses.append(found["msg"].removeprefix("Value error, ").rstrip("."))
         else:
             message = found["msg"].removeprefix("Value error, ")
             clauses.append(f"`{key}`: {message} (it is {_clip(found['input'])})")

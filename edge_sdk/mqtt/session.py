@@ -16,9 +16,9 @@ The promises, and where each is kept:
 * *Never more answers in flight than the broker's Receive Maximum*, nor than our own window, also right after a
   reconnect: answers that were in flight go back to the head of the outbox and are sent again in order, through the same
   window. Inference is pure and an answer is bytes, so sending it twice is harmless; losing it is not.
-* *The same request is computed once.* Two publications are the same if reply topic, correlation data and payload are. A
-  second one joins the first while it is computed, gets the same bytes again (`duplicate: 1`) after that, and is
-  refused if the payload is another. What is remembered is bounded in bytes and in time.
+* *The same request is computed once.* Two publications are the same if their topic, reply topic, correlation data and
+  payload are. A second one joins the first while it is computed, gets the same bytes again (`duplicate: 1`) after that,
+  and is refused if the payload is another. What is remembered is bounded in bytes and in time.
 * *An answer larger than the broker takes is replaced by a 413* before it is sent, not resent for ever.
 
 Not kept across a restart of the daemon: what was answered. A request whose answer was taken but whose acknowledgement
@@ -27,7 +27,6 @@ was lost is computed again, and its client drops the second answer.
 
 from __future__ import annotations
 
-import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -42,6 +41,9 @@ NO_MATCHING_SUBSCRIBERS = 0x10
 _COST_OF_OBJECTS = 2048
 FAILURE = 0x80
 """PUBACK reason codes from here on are refusals."""
+
+_Key = tuple[str, str, bytes]
+"""Request topic, reply topic, correlation data: what tells a request from any other."""
 
 Fate = Literal["new", "joined", "replayed", "reused"]
 
@@ -101,7 +103,7 @@ class SessionCounts:
 class _Job:
     """A request from its arrival to the acknowledgement of everything that asked for it."""
 
-    key: tuple[str, bytes] | None
+    key: _Key | None
     fingerprint: int
     entries: list[_LedgerEntry] = field(default_factory=list)
 
@@ -157,8 +159,8 @@ class Session:
         self._last_number = 0
         self._ledger: deque[_LedgerEntry] = deque()
         self._jobs: dict[int, _Job] = {}
-        self._computing: dict[tuple[str, bytes], int] = {}
-        self._remembered: OrderedDict[tuple[str, bytes], _Remembered] = OrderedDict()
+        self._computing: dict[_Key, int] = {}
+        self._remembered: OrderedDict[_Key, _Remembered] = OrderedDict()
         self._held_bytes = 0
         self._outbox: deque[_Outgoing] = deque()
         self._in_flight: OrderedDict[int, _Outgoing] = OrderedDict()
@@ -190,8 +192,10 @@ class Session:
         """Take a message into the books. `route` None: there is no way back; it is acknowledged when `answered`."""
         self.counts.received += 1
         entry = self._enter(event)
-        key = (route.topic, route.correlation_data or b"") if route is not None and route.identifies else None
-        fingerprint = zlib.crc32(event.message.payload, len(event.message.payload)) if key is not None else 0
+        key, fingerprint = None, 0
+        if route is not None and route.identifies:
+            key = (event.message.topic, route.topic, route.correlation_data or b"")
+            fingerprint = hash((event.message.payload, event.message.properties.content_type))
         if key is not None:
             if (ticket := self._computing.get(key)) is not None:
                 if self._jobs[ticket].fingerprint == fingerprint:
@@ -283,7 +287,7 @@ class Session:
             self._ledger.append(entry)
         return entry
 
-    def _new_job(self, key: tuple[str, bytes] | None, fingerprint: int, entry: _LedgerEntry) -> int:
+    def _new_job(self, key: _Key | None, fingerprint: int, entry: _LedgerEntry) -> int:
         self._last_number += 1
         self._jobs[self._last_number] = _Job(key, fingerprint, [entry])
         if key is not None:
@@ -302,7 +306,7 @@ class Session:
         self.counts.oversized += 1
         return replace(outgoing, message=self._too_large(outgoing.message, limit))
 
-    def _remember(self, key: tuple[str, bytes], remembered: _Remembered, now: float) -> None:
+    def _remember(self, key: _Key, remembered: _Remembered, now: float) -> None:
         if (former := self._remembered.pop(key, None)) is not None:
             self._held_bytes -= former.cost
         self._held_bytes += remembered.cost
@@ -313,7 +317,7 @@ class Session:
                 break
             self._held_bytes -= self._remembered.popitem(last=False)[1].cost
 
-    def _recall(self, key: tuple[str, bytes], now: float) -> _Remembered | None:
+    def _recall(self, key: _Key, now: float) -> _Remembered | None:
         known = self._remembered.get(key)
         return known if known is not None and known.until > now else None
 

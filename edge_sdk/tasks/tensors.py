@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from edge_sdk.errors import InferenceFailed, InvalidTensor, Malformed, UnsupportedType
-from edge_sdk.tasks.base import BINARY, JPEG, JSON, NPY, PNG, TEXT, Body, Decoded, Payload
+from edge_sdk.tasks.base import BINARY, JPEG, JSON, NPY, PNG, Body, Decoded, Payload
 from edge_sdk.tasks.npy import MAGIC as NPY_MAGIC
 from edge_sdk.tasks.npy import decode_npy, encode_npy
 from edge_sdk.tasks.oip import OipRequest, OutputChoice, decode_request, encode_response
@@ -182,5 +182,5 @@ def sniff(data: bytes) -> str:
         return JSON
     raise UnsupportedType(
         "The payload came without a content type, and its first bytes do not tell.",
-        fix=f"Send a JPEG, PNG, .npy array or JSON body, or name the content type ({TEXT} and others need it).",
+        fix=f"Send a JPEG, PNG, .npy array or JSON body; raw bytes of a tensor need the content type {BINARY}.",
     )

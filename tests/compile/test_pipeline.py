@@ -34,7 +34,7 @@ def test_int8_package_is_whole(engine_folder: Path, cpu: DeviceProfile) -> None:
     package.verify()
 
     assert engine_folder / "build" / "cpu-x86" == package.path
-    assert {"graph.onnx", "report.json", "report.md"} == set(manifest.files)
+    assert {"graph.onnx", "profile.json", "report.json", "report.md"} == set(manifest.files)
     assert "int8" == manifest.precision
     assert manifest.calibration is not None
     assert 48 == manifest.calibration.samples
