@@ -7,18 +7,20 @@ of the daemon would get.
 from __future__ import annotations
 
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from edge_sdk import console
-from edge_sdk.bench import BenchResult, drive, in_process, zeros
+from edge_sdk.bench import BenchResult, drive, in_process
+from edge_sdk.errors import NoAnswer
 from edge_sdk.package import EnginePackage
+from edge_sdk.settings import Broker
 from edge_sdk.tasks.base import Payload
 from edge_sdk.tasks.oip import OipResponse, decode_response, encode_request, to_list
-from edge_sdk.tensors import DTYPE_FROM_OIP, OIP_FROM_DTYPE, Array, TensorSpec, dtype_name
+from edge_sdk.tensors import DTYPE_FROM_OIP, OIP_FROM_DTYPE, Array, TensorSpec, dtype_name, zeros
 
-DEFAULT_BROKER = "mqtt://localhost:1883"
 _SHOWN = 8
 """Elements of a tensor that are shown to a person."""
 
@@ -69,7 +71,10 @@ def ask_package(package: Path, data: bytes, *, timeout_s: float) -> Answered:
     """The answer of the package in that directory to a payload whose type its bytes tell; raises RequestErrors."""
     opened = EnginePackage.open(package)
     with in_process(opened) as submit:
-        body = submit(Payload(data)).result(timeout_s)
+        try:
+            body = submit(Payload(data)).result(timeout_s)
+        except FutureTimeoutError as exc:
+            raise NoAnswer(f"{opened} gave no answer within {timeout_s:g} s.", fix="Give more with --timeout.") from exc
     response: OipResponse = decode_response(body.data, body.header_length)
     predictions = response.extra.get("predictions", [])
     return Answered(opened.name, opened.version, response.outputs, predictions)
@@ -79,7 +84,7 @@ def ask_device(model: str, data: bytes, *, broker: str | None, device: str | Non
     """The answer of a device; raises RequestErrors for its errors, NoAnswer, BrokerError."""
     from edge_sdk.mqtt.client import Client
 
-    with Client(broker or DEFAULT_BROKER, device=device, timeout_s=timeout_s) as client:
+    with Client(broker or Broker().url, device=device, timeout_s=timeout_s) as client:
         answer = client.infer(model, data)
     predictions = [asdict(prediction) for prediction in answer.predictions]
     return Answered(model, answer.model_version, answer.outputs, predictions, answer.device)

@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from edge_sdk.errors import EdgeSdkError, RequestError
+from edge_sdk.errors import RequestError
 from edge_sdk.package import EnginePackage
 from edge_sdk.runtime.batching import QueueLimits
 from edge_sdk.runtime.messages import Answer, Request
 from edge_sdk.runtime.served import ServedModel
 from edge_sdk.runtime.worker import Worker
 from edge_sdk.tasks.base import Body, Payload
-from edge_sdk.tensors import Feeds, TensorSpec, numpy_dtype
 
 Submit = Callable[[], "Future[Any]"]
 _DEADLINE_S = 60.0
@@ -129,14 +128,3 @@ def in_process(package: EnginePackage) -> Iterator[Callable[[Payload], Future[Bo
     finally:
         served.retire()
         served.join(5.0)
-
-
-def zeros(inputs: tuple[TensorSpec, ...]) -> Feeds:
-    """One request of zeros; speed does not depend on values. A free axis other than the batch counts as 1."""
-    feeds = {}
-    for spec in inputs:
-        if spec.dtype == "string":
-            raise EdgeSdkError(f"The input {spec} takes text; zeros cannot be made up.", fix="Give --input.")
-        shape = [axis if isinstance(axis, int) else 1 for axis in spec.shape]
-        feeds[spec.name] = np.zeros(shape, dtype=numpy_dtype(spec.dtype))
-    return feeds

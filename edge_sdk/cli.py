@@ -53,6 +53,15 @@ class Commands(click.Group):
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
+        except Exception as exc:
+            if os.environ.get("EDGE_SDK_DEBUG"):
+                raise
+            click.echo(
+                f"Error: This is a defect of edge-sdk ({type(exc).__name__}: {exc}). EDGE_SDK_DEBUG=1 shows where; "
+                "please report it.",
+                err=True,
+            )
+            sys.exit(1)
 
 
 @click.group(cls=Commands, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})

@@ -14,6 +14,7 @@ It stops like this: take nothing new (what the broker still has, it keeps for us
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import signal
@@ -26,7 +27,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from edge_sdk.errors import EdgeSdkError, IdReused, ProfileError, RequestError, SettingsError, TooLarge
+from edge_sdk.errors import (
+    DeadlineExceeded,
+    EdgeSdkError,
+    IdReused,
+    ProfileError,
+    RequestError,
+    SettingsError,
+    TooLarge,
+    Unavailable,
+)
 from edge_sdk.mqtt import presence
 from edge_sdk.mqtt.address import connect_options
 from edge_sdk.mqtt.backoff import SESSION_TAKEN_OVER
@@ -119,7 +129,11 @@ class Daemon:
         self._announced: dict[str, bytes] = {}
         self._stats_at = 0.0
         self._alive_at = 0.0
+        self._look_at = 0.0
+        self._unroutable_told_at = -math.inf
+        self._watchdog_s = watchdog_interval_s()
         self._ready = False
+        self._may_retain = True
         self._unroutable = 0
         self._dropped = 0
         self._started = time.monotonic()
@@ -158,8 +172,8 @@ class Daemon:
     def _handle(self, event: Event, *, taking: bool) -> None:
         match event:
             case Received():
-                if taking:
-                    self._take(event, time.monotonic())
+                if taking or event.packet_id is None:  # what is not acknowledged now, the broker keeps for the next
+                    self._take(event, time.monotonic(), taking=taking)
             case Acknowledged():
                 self._session.acknowledged(event)
             case Connected():
@@ -171,14 +185,14 @@ class Daemon:
             case Closed():
                 self._on_closed(event)
 
-    def _take(self, event: Received, now: float) -> None:
+    def _take(self, event: Received, now: float, *, taking: bool) -> None:
         """A message: a request for the service, or something to be acknowledged and forgotten."""
         message = event.message
         address = self._topics.parse_infer(message.topic)
         route = None if address is None or message.retain else self._codec.route(message, address)
         if address is None or route is None:
             # A retained request is an old one; one we may not answer would make us write where its sender may not.
-            self._unroutable += 1
+            self._note_unroutable(message, now)
             self._session.answered(self._session.received(event, None, now).ticket, None, now)
             return
         if event.packet_id is None and self._session.unsent >= MAX_UNSENT:
@@ -189,6 +203,8 @@ class Daemon:
             return
         self._routes[intake.ticket] = (route, now + self._settings.limits.request_timeout_s)
         try:
+            if not taking:
+                raise Unavailable("The device is stopping.", retry_after_ms=1000)
             if intake.fate == "reused":
                 raise IdReused("This id was used before, with another payload.", fix="Give each request its own.")
             request = self._codec.request(event, address, intake.ticket, now)
@@ -198,13 +214,34 @@ class Daemon:
         self._routes[intake.ticket] = (route, request.deadline)
         self._service.submit(request)
 
+    def _note_unroutable(self, message: Message, now: float) -> None:
+        """Count it, and say so at most once a minute: its sender waits for an answer that cannot come."""
+        self._unroutable += 1
+        if now - self._unroutable_told_at >= 60:
+            self._unroutable_told_at = now
+            log.warning(
+                "A message on %s was not answered: it is retained, or names a Response Topic that this device may not "
+                "write to (%s). %d of that kind so far.",
+                message.topic[:200], str(message.properties.response_topic)[:200], self._unroutable,
+            )  # fmt: skip
+
     def _finish_answers(self) -> None:
         """Hand what was computed, here or on other threads, to the session."""
         now = time.monotonic()
         while self._answers:
             answer = self._answers.popleft()
-            route, deadline = self._routes.pop(answer.ticket)
-            self._session.answered(answer.ticket, self._codec.message(answer, route, deadline - now), now)
+            if (open_request := self._routes.pop(answer.ticket, None)) is not None:  # else it was given up
+                route, deadline = open_request
+                self._session.answered(answer.ticket, self._codec.message(answer, route, deadline - now), now)
+
+    def _give_up_late(self, now: float) -> None:
+        """Answer 408 to what is still being computed past its deadline; its result will be dropped.
+
+        Acknowledgements go out in the order of arrival, so one request that never ends would otherwise hold back
+        those of every model behind it, until the broker sends nothing more.
+        """
+        for ticket in [ticket for ticket, (_, deadline) in self._routes.items() if deadline <= now]:
+            self._answers.append(Answer(ticket, DeadlineExceeded("The deadline passed before the answer was there.")))
 
     def _perform(self) -> None:
         for action in self._session.due():
@@ -253,6 +290,7 @@ class Daemon:
         self._reconnection.connected(time.monotonic())
         log.info("Connected to %s, MQTT %s.", self._settings.broker.url, self._reconnection.version_name)
         self._session.connected(event.limits)
+        self._may_retain = event.limits.retain_available
         self._transport.subscribe(self._topics.subscriptions(), retained=False)
         self._announced.clear()
         self._changed = True
@@ -298,7 +336,7 @@ class Daemon:
             if self._announced.get(topic) != payload:
                 is_json = topic != self._topics.availability
                 properties = Properties(content_type=JSON if is_json else None)
-                self._session.announce(Message(topic, payload, retain=True, properties=properties))
+                self._session.announce(Message(topic, payload, retain=self._may_retain, properties=properties))
         self._announced = current
 
     def _info(self, models: dict[str, list[ServedModel]]) -> dict[str, Any]:
@@ -322,6 +360,10 @@ class Daemon:
         if not self._ready and self._service.settled:
             self._ready = True
             self._notifier.ready(self._status())
+        if now >= self._look_at:
+            self._look_at = now + 1.0
+            self._give_up_late(now)
+            self._finish_answers()
         if now >= self._stats_at:
             self._stats_at = now + self._settings.stats_interval_s
             if self._reconnection.is_connected:
@@ -335,9 +377,8 @@ class Daemon:
                     )
                 )
                 self._notifier.status(self._status())
-        interval_s = watchdog_interval_s()
-        if interval_s is not None and now >= self._alive_at:
-            self._alive_at = now + interval_s / 2
+        if self._watchdog_s is not None and now >= self._alive_at:
+            self._alive_at = now + self._watchdog_s / 2
             self._notifier.alive()
 
     def _stats(self, now: float) -> bytes:
@@ -392,20 +433,22 @@ class Daemon:
         log.info("Stopping: %d requests to finish.", self._service.waiting())
         self._notifier.stopping()
         drain_s = self._settings.limits.drain_s
-        threading.Thread(
-            target=_end_after, args=(drain_s + HARD_STOP_S,), name="edge-sdk-hard-stop", daemon=True
-        ).start()
+        hard_stop = threading.Timer(drain_s + HARD_STOP_S, _end_now)
+        hard_stop.daemon = True
+        hard_stop.start()
         deadline = time.monotonic() + drain_s
         while time.monotonic() < deadline and not self._finished():
             self._turn(taking=False)
         if self._reconnection.is_connected:
-            self._session.announce(Message(self._topics.availability, b"offline", retain=True))
+            self._session.announce(Message(self._topics.availability, b"offline", retain=self._may_retain))
             self._perform()
         while time.monotonic() < deadline and self._reconnection.is_connected and not self._session.idle:
             self._turn(taking=False)
-        self._transport.close()
+        # What could not be said is left to the will: else the device would look online for ever.
+        self._transport.close(send_will=not self._session.idle)
         left = self._service.waiting()
         self._service.stop(limit_s=2.0)
+        hard_stop.cancel()
         log.info("Stopped%s.", f"; {left} requests were handed back to the broker" if left else "")
         return 0
 
@@ -468,7 +511,6 @@ def _resident_bytes() -> int:
         return 0
 
 
-def _end_after(seconds: float) -> None:
-    time.sleep(seconds)
-    log.error("The stop took longer than %.0f s and is cut short.", seconds)
-    os._exit(0)
+def _end_now() -> None:
+    log.error("The stop took too long and is cut short; the broker has what was not finished.")
+    os._exit(1)

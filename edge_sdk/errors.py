@@ -121,18 +121,22 @@ class NoAnswer(EdgeSdkError):
 class RequestError(EdgeSdkError):
     """What is wrong with one request, as it goes over the wire.
 
-    `status` and `code` are the wire contract's; `retryable` tells a client whether the same bytes may succeed later;
-    `retry_after_ms` when. The text never holds a path, an address or a stack trace: it goes to strangers.
+    `status` and `code` are the wire contract's; `retryable` tells a client whether the same bytes may succeed later
+    (each class has its usual answer); `retry_after_ms` when. The text never holds a path, an address or a stack trace: it goes to strangers.
     """
 
     exit_code = 6
     status: ClassVar[int] = 500
     code: ClassVar[str] = "inference_failed"
-    retryable: ClassVar[bool] = False
+    retryable: bool = False
 
-    def __init__(self, problem: str, *, fix: str = "", retry_after_ms: int | None = None) -> None:
+    def __init__(
+        self, problem: str, *, fix: str = "", retry_after_ms: int | None = None, retryable: bool | None = None
+    ) -> None:
         super().__init__(problem, fix=fix)
         self.retry_after_ms = retry_after_ms
+        if retryable is not None:
+            self.retryable = retryable
 
 
 class Malformed(RequestError):
@@ -192,6 +196,8 @@ _REQUEST_ERRORS: dict[str, type[RequestError]] = {
 }  # fmt: skip
 
 
-def request_error(code: str, text: str, retry_after_ms: int | None = None) -> RequestError:
+def request_error(
+    code: str, text: str, retry_after_ms: int | None = None, retryable: bool | None = None
+) -> RequestError:
     """The error a client raises for an error answer; an unknown code (a newer device) is a plain RequestError."""
-    return _REQUEST_ERRORS.get(code, RequestError)(text, retry_after_ms=retry_after_ms)
+    return _REQUEST_ERRORS.get(code, RequestError)(text, retry_after_ms=retry_after_ms, retryable=retryable)

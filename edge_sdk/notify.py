@@ -1,4 +1,4 @@
-"""Telling systemd how the daemon is: ready, alive, reloading, stopping (sd_notify(3), over its datagram socket).
+"""Telling systemd how the daemon is: ready, alive, stopping (sd_notify(3), over its datagram socket).
 
 Without a NOTIFY_SOCKET, outside systemd, every call does nothing.
 """

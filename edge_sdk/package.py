@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from edge_sdk.errors import PackageError
 from edge_sdk.profiles import DeviceProfile, Machine, Precision, load_profile
@@ -95,10 +95,17 @@ class Measurements(Record):
 
 
 class BatchingRecord(Record):
-    max_batch: int = Field(gt=0)
+    max_batch: int = Field(gt=0, le=1024)
+    """As in engine.toml: memory for this many rows is set aside when the package is loaded."""
     best_batch: int = Field(gt=0)
     """The batch with the most inferences a second when it was built."""
     max_wait_ms: float = 0.0
+
+    @model_validator(mode="after")
+    def _best_is_possible(self) -> BatchingRecord:
+        if self.best_batch > self.max_batch:
+            raise ValueError(f"best_batch {self.best_batch} is more than max_batch {self.max_batch}")
+        return self
 
 
 class BackendRecord(Record):

@@ -7,13 +7,14 @@ of its own, or from systemd's credentials.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 from pydantic import BaseModel, Field, SecretStr, field_validator, model_validator
 
@@ -71,8 +72,8 @@ class Limits(Table):
     max_queue_bytes: int = Field(default=67_108_864, ge=1)
     request_timeout_s: float = Field(default=30.0, gt=0)
     """The deadline of a request that brings none."""
-    drain_s: float = Field(default=10.0, ge=0, le=60)
-    """How long a stop may take to finish what was accepted."""
+    drain_s: float = Field(default=10.0, ge=0, le=15)
+    """How long a stop may take to finish what was accepted; with what follows, less than systemd's TimeoutStopSec."""
 
 
 class Serving(Table):
@@ -96,6 +97,14 @@ class Settings(Table):
     broker: Broker = Broker()
     limits: Limits = Limits()
     serving: Serving = Serving()
+
+    @field_validator("reply_prefixes")
+    @classmethod
+    def _below_something(cls, prefixes: tuple[str, ...]) -> tuple[str, ...]:
+        for prefix in prefixes:
+            if not prefix.strip("/") or not prefix.endswith("/") or prefix.startswith(("/", "$")):
+                raise ValueError(f"{prefix!r} is not a topic prefix; write it like `answers/`, with a slash at its end")
+        return prefixes
 
     @model_validator(mode="after")
     def _nameable(self) -> Settings:
@@ -127,11 +136,19 @@ def load_settings(
     Raises SettingsError naming the key, what it is and what it may be.
     """
     data = read_toml(file, SettingsError) if file is not None else {}
-    if file is not None and "engines" in data:
-        data["engines"] = str(file.parent / str(data["engines"]))
+    if file is not None:
+        _anchor(data, file.parent)
     _merge(data, _from_environment(environment))
     _merge(data, overrides or {})
     return parse(data, Settings, str(file or "The settings"), SettingsError)
+
+
+def _anchor(data: dict[str, Any], folder: Path) -> None:
+    """Make the file's paths relative to the file, not to wherever the daemon was started."""
+    broker = data.get("broker")
+    for table, key in ((data, "engines"), (broker, "password_file"), (broker, "ca_file")):
+        if isinstance(table, dict) and isinstance(table.get(key), str):
+            table[key] = str(folder / table[key])
 
 
 def default_device() -> str:
@@ -146,19 +163,37 @@ def default_device() -> str:
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
-    """EDGE_SDK_BROKER__URL=x -> {"broker": {"url": "x"}}; lists are comma-separated."""
-    tables = _tables(Settings)
+    """EDGE_SDK_BROKER__URL=x -> {"broker": {"url": "x"}}; lists are comma-separated. An unknown name is refused."""
+    known = _variables()
     found: dict[str, Any] = {}
     for variable, value in environment.items():
-        if not variable.startswith(PREFIX):
+        if not variable.startswith(PREFIX) or variable in _NOT_SETTINGS:
             continue
-        table, _, key = variable.removeprefix(PREFIX).lower().partition("__")
-        if not key and table in Settings.model_fields and table not in tables:
-            is_list = "tuple" in str(Settings.model_fields[table].annotation)
-            found[table] = [part for part in value.split(",") if part] if is_list else value
-        elif key and table in tables and key in tables[table].model_fields:
-            found.setdefault(table, {})[key] = value
+        if variable not in known:
+            nearest = difflib.get_close_matches(variable, known, n=1)
+            raise SettingsError(
+                f"The environment variable {variable} is no setting of edge-sdk.",
+                fix=f"Did you mean {nearest[0]}?" if nearest else "docs/settings.md lists them.",
+            )
+        table, key, is_list = known[variable]
+        place = found.setdefault(table, {}) if table else found
+        place[key] = [part for part in value.split(",") if part] if is_list else value
     return found
+
+
+_NOT_SETTINGS = (f"{PREFIX}DEBUG", f"{PREFIX}SHARED", f"{PREFIX}VENV")
+"""Variables of the command line and of our test scripts."""
+
+
+def _variables() -> dict[str, tuple[str, str, bool]]:
+    """Every setting's variable: its table (empty at the top), its key, and whether it is a list."""
+    tables = _tables(Settings)
+    named = [("", key, field) for key, field in Settings.model_fields.items() if key not in tables]
+    named += [(table, key, field) for table, model in tables.items() for key, field in model.model_fields.items()]
+    return {
+        f"{PREFIX}{f'{table}__' if table else ''}{key}".upper(): (table, key, get_origin(field.annotation) is tuple)
+        for table, key, field in named
+    }
 
 
 def _tables(model: type[BaseModel]) -> dict[str, type[BaseModel]]:

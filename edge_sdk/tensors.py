@@ -39,11 +39,20 @@ MAX_ELEMENTS = 1 << 31
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """The name, dtype (numpy's name, or `string`) and shape of one input or output."""
+    """The name, dtype (numpy's name, or `string`) and shape of one input or output.
+
+    A dtype that has no name on the wire is a ValueError here, so that nothing later meets one.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in OIP_FROM_DTYPE:
+            raise ValueError(
+                f"{self.name[:80]!r} has dtype {self.dtype[:40]!r}; tensors have one of {', '.join(OIP_FROM_DTYPE)}"
+            )
 
     @property
     def oip_datatype(self) -> str:
@@ -158,6 +167,17 @@ def allocate(specs: Sequence[TensorSpec], batch: int) -> dict[str, Array] | None
             return None
         arrays[spec.name] = np.empty([int(axis) for axis in shape], dtype=spec.dtype)
     return arrays
+
+
+def zeros(specs: Sequence[TensorSpec]) -> Feeds:
+    """One request of zeros, for timing and warming up; InvalidTensor for text. A free axis counts as 1."""
+    feeds = {}
+    for spec in specs:
+        if spec.dtype == "string":
+            raise InvalidTensor(f"The input {spec} takes text; zeros cannot stand for it.", fix="Give an input.")
+        shape = [axis if isinstance(axis, int) else 1 for axis in spec.shape]
+        feeds[spec.name] = np.zeros(shape, dtype=spec.dtype)
+    return feeds
 
 
 def _listed(names: set[str]) -> str:

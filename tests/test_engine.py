@@ -13,6 +13,7 @@ from edge_sdk.backends import registry
 from edge_sdk.errors import BackendUnavailable, EngineFailed, InvalidTensor, PackageError, PackageMismatch
 from edge_sdk.package import GRAPH, EnginePackage
 from edge_sdk.profiles import Machine
+from edge_sdk.tensors import TensorSpec
 from tests.packages import BACKEND, make_package, profile, scaling, two_inputs
 
 
@@ -68,6 +69,25 @@ def test_an_altered_graph_is_not_loaded(doubling: EnginePackage) -> None:
     (doubling.path / GRAPH).write_bytes(scaling(3.0).SerializeToString())
     with pytest.raises(PackageError, match="altered"):
         edge_sdk.load_engine(doubling)
+
+
+@pytest.mark.parametrize(
+    ("side", "spec", "complaint"),
+    [
+        ("inputs", TensorSpec("z", "float32", ("batch", 4)), "inputs"),
+        ("inputs", TensorSpec("x", "float64", ("batch", 4)), "float64"),
+        ("outputs", TensorSpec("y", "float32", ("batch",)), "outputs"),
+        ("outputs", TensorSpec("y", "int64", ("batch", 4)), "int64"),
+    ],
+    ids=["name", "input's dtype", "rank", "output's dtype"],
+)
+def test_a_manifest_of_another_graph_is_refused(
+    doubling: EnginePackage, side: str, spec: TensorSpec, complaint: str
+) -> None:
+    """What the manifest promises to clients is what the engine has: names, dtypes and ranks."""
+    manifest = doubling.manifest.model_copy(update={side: (spec,)})
+    with pytest.raises(PackageError, match=complaint):
+        registry.load_engine(dataclasses.replace(doubling, manifest=manifest))
 
 
 def test_a_backend_that_does_not_exist_is_named() -> None:

@@ -89,6 +89,26 @@ def test_a_file_that_is_not_listed_is_not_read(package: EnginePackage) -> None:
         package.read("extra")
 
 
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda data: data["inputs"][0].update(dtype="complex64"), "complex64"),
+        (lambda data: data["outputs"][0].update(dtype="tensor(bfloat16)"), "bfloat16"),
+        (lambda data: data["outputs"][0].update(dtype="x" * 100_000), "x{40}'"),
+        (lambda data: data["batching"].update(max_batch=1025), "1024"),
+        (lambda data: data["batching"].update(best_batch=9), "best_batch"),
+    ],
+    ids=["complex", "bfloat16", "long", "max_batch", "best_batch"],
+)
+def test_a_manifest_is_checked_where_it_is_read(package: EnginePackage, change: Change, complaint: str) -> None:
+    """What no engine of ours could have is refused at the door, and not in the middle of a daemon."""
+    rewrite(package, change)
+    with pytest.raises(PackageError, match=complaint) as caught:
+        EnginePackage.open(package.path)
+
+    assert len(str(caught.value)) < 1000
+
+
 @pytest.mark.parametrize("interruption", [ValueError, KeyboardInterrupt])
 def test_an_interrupted_write_leaves_nothing_behind(package: EnginePackage, interruption: type[BaseException]) -> None:
     """The old package stays, and no half-written folder beside it."""

@@ -144,3 +144,26 @@ def test_the_default_device_is_a_name_and_stays_the_same() -> None:
     assert default_device() == default_device()
     if machine_id.is_file() and (private := machine_id.read_text(encoding="ascii").strip()):
         assert private not in default_device()
+
+
+def test_an_unknown_variable_is_refused_with_the_nearest_name() -> None:
+    """EDGE_SDK_BROKER_URL looks right and would do nothing."""
+    with pytest.raises(SettingsError, match="EDGE_SDK_BROKER__URL"):
+        load_settings(None, environment={"EDGE_SDK_BROKER_URL": "mqtt://other"})
+
+
+@pytest.mark.parametrize("prefix", ["", "answers", "/", "/a/", "$SYS/"])
+def test_a_reply_prefix_is_a_whole_level(prefix: str) -> None:
+    """An empty prefix would let a request name any topic at all."""
+    with pytest.raises(SettingsError, match="reply_prefixes"):
+        load_settings(None, {"reply_prefixes": [prefix]}, environment={})
+
+
+def test_paths_in_a_file_are_relative_to_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "edge-sdk.toml"
+    file.write_text('engines = "e"\n[broker]\npassword_file = "p"\nca_file = "/etc/ca.pem"\n')
+    settings = load_settings(file, environment={})
+
+    assert tmp_path / "e" == settings.engines
+    assert tmp_path / "p" == settings.broker.password_file
+    assert Path("/etc/ca.pem") == settings.broker.ca_file

@@ -28,6 +28,15 @@ OTHER = TensorSpec("y", "int64", ("batch", 2))
 NAMELESS = TensorSpec("x", "float32", ("?", "?"))
 
 
+@pytest.mark.parametrize("dtype", ["complex64", "bfloat16", "FP32", "tensor(float)", "x" * 5000])
+def test_a_spec_has_a_dtype_of_ours(dtype: str) -> None:
+    """A dtype that no wire carries is refused when the spec is made, with a short sentence."""
+    with pytest.raises(ValueError, match="has dtype") as caught:
+        TensorSpec("x", dtype, ("batch", 3))
+
+    assert len(str(caught.value)) < 300
+
+
 @pytest.mark.parametrize("dtype", OIP_FROM_DTYPE)
 def test_dtypes_have_two_names(dtype: str) -> None:
     """A dtype survives the way to the wire and back, and the way through numpy in either byte order."""

@@ -16,6 +16,7 @@ An engine is used by one thread at a time; whoever shares one brings the lock.
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ from typing import Protocol
 from edge_sdk.package import EnginePackage
 from edge_sdk.profiles import DeviceProfile
 from edge_sdk.tensors import Array, Outputs, TensorSpec
+
+
+UNKNOWN_VERSION = "of unknown version"
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,22 @@ class Availability:
 
     def __bool__(self) -> bool:
         return self.version is not None
+
+
+def installed_version(module: str, *distributions: str) -> str:
+    """The version of an installed module, from the metadata of the first of `distributions` that is installed.
+
+    The same module is often published under several names; without any, the module's own name is looked up. A module
+    that came without metadata, or under a name nobody told us, is `of unknown version`.
+
+    >>> installed_version("PIL", "pillow", "pillow-simd")
+    """
+    for name in distributions or (module,):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return UNKNOWN_VERSION
 
 
 class Engine(Protocol):

@@ -7,7 +7,6 @@ binding as long as it is given the same arrays, so a serving loop neither alloca
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,13 +14,21 @@ from typing import Any
 
 import numpy as np
 
-from edge_sdk.backends.base import Availability
+from edge_sdk.backends.base import Availability, installed_version
+from edge_sdk.backends.onnx_bytes import refuse_external_data
 from edge_sdk.errors import BackendUnavailable, EngineFailed, OutOfMemory
 from edge_sdk.package import GRAPH, EnginePackage
 from edge_sdk.profiles import DeviceProfile, physical_cores
 from edge_sdk.tensors import Array, Outputs, TensorSpec
 
 _INSTALL = "Install it: pip install 'edge-sdk[cpu]'."
+_DISTRIBUTIONS = (
+    "onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml", "onnxruntime-qnn",
+    "onnxruntime-rocm", "onnxruntime-migraphx", "onnxruntime-cann", "onnxruntime-training", "ort-nightly",
+    "ort-nightly-gpu",
+)  # fmt: skip
+"""The names under which the module `onnxruntime` is published; NVIDIA's wheels for Jetson are `onnxruntime-gpu`."""
+
 _BINDINGS_KEPT = 16
 """A serving loop has one set of arrays for each batch size it uses."""
 
@@ -32,7 +39,7 @@ class OnnxRuntimeBackend:
     def availability(self) -> Availability:
         if importlib.util.find_spec("onnxruntime") is None:
             return Availability(None, "onnxruntime is not installed.", _INSTALL)
-        return Availability(importlib.metadata.version("onnxruntime"))
+        return Availability(installed_version("onnxruntime", *_DISTRIBUTIONS))
 
     def build(self, graph: Path, profile: DeviceProfile, folder: Path) -> str | None:
         return None
@@ -41,7 +48,11 @@ class OnnxRuntimeBackend:
         return self.load_graph(package.read(GRAPH), profile, threads=package.manifest.backend.threads)
 
     def load_graph(self, graph: bytes, profile: DeviceProfile, *, threads: int | None = None) -> OnnxRuntimeEngine:
-        return OnnxRuntimeEngine(_session(graph, profile, threads))
+        refuse_external_data(graph)
+        try:
+            return OnnxRuntimeEngine(_session(graph, profile, threads))
+        except ValueError as exc:  # TensorSpec's
+            raise EngineFailed(f"onnxruntime cannot load the graph: {exc}.") from exc
 
 
 class OnnxRuntimeEngine:

@@ -12,7 +12,6 @@ element of the first input equals it. Without `when` it is followed every time.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -24,7 +23,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from edge_sdk.backends.base import Availability
+from edge_sdk.backends.base import Availability, installed_version
+from edge_sdk.backends.onnx_bytes import refuse_external_data
 from edge_sdk.errors import BackendUnavailable, EngineFailed, OutOfMemory
 from edge_sdk.package import GRAPH, EnginePackage
 from edge_sdk.profiles import DeviceProfile
@@ -52,7 +52,7 @@ class ReferenceBackend:
     def availability(self) -> Availability:
         if importlib.util.find_spec("onnx") is None:
             return Availability(None, "onnx is not installed.", _INSTALL)
-        return Availability(importlib.metadata.version("onnx"))
+        return Availability(installed_version("onnx", "onnx", "onnx-weekly"))
 
     def build(self, graph: Path, profile: DeviceProfile, folder: Path) -> str | None:
         return None
@@ -66,6 +66,7 @@ class ReferenceBackend:
             import onnx.reference
         except ImportError as exc:
             raise BackendUnavailable(f"onnx cannot be imported: {exc}.", fix=_INSTALL) from exc
+        refuse_external_data(graph)
         try:
             model = onnx.load_from_string(graph)
             if not model.graph.output:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edge_sdk.errors import BackendUnavailable, PackageMismatch
+from edge_sdk.errors import BackendUnavailable, PackageError, PackageMismatch
 from edge_sdk.package import EnginePackage
 from edge_sdk.profiles import DeviceProfile, Machine
+from edge_sdk.tensors import TensorSpec
 
 if TYPE_CHECKING:
     from edge_sdk.backends.base import Backend, Engine
@@ -55,8 +56,8 @@ def backend_for(profile: DeviceProfile) -> Backend:
 def load_engine(package: EnginePackage, machine: Machine | None = None) -> Engine:
     """The package's engine, loaded by the backend its manifest names.
 
-    Raises PackageMismatch if the package does not fit this machine, PackageError if a file was altered,
-    BackendUnavailable or EngineFailed as the backend says.
+    Raises PackageMismatch if the package does not fit this machine, PackageError if a file was altered or the manifest
+    describes another graph than the package holds, BackendUnavailable or EngineFailed as the backend says.
     """
     if reasons := package.mismatches(machine or Machine.read()):
         raise PackageMismatch(
@@ -67,4 +68,38 @@ def load_engine(package: EnginePackage, machine: Machine | None = None) -> Engin
     chosen = backend(package.manifest.backend.name)
     if not (available := chosen.availability()):
         raise BackendUnavailable(f"The package {package} needs {chosen.name}: {available.why_not}", fix=available.fix)
-    return chosen.load(package, package.profile())
+    engine = chosen.load(package, package.profile())
+    try:
+        _check_promises("inputs", package, package.manifest.inputs, engine.inputs)
+        _check_promises("outputs", package, package.manifest.outputs, engine.outputs)
+    except PackageError:
+        engine.close()
+        raise
+    return engine
+
+
+def _check_promises(
+    side: str, package: EnginePackage, promised: tuple[TensorSpec, ...], found: tuple[TensorSpec, ...]
+) -> None:
+    """Clients are told what the manifest says; the engine has to have it, by name, dtype and number of axes.
+
+    Sizes are left alone: a backend may know one that the graph leaves open. So is the rank of an engine's tensor
+    without axes: runtimes say `()` also where they do not know.
+    """
+    by_name = {spec.name: spec for spec in found}
+    agree = len(promised) == len(found) and all(
+        (actual := by_name.get(spec.name)) is not None
+        and actual.dtype == spec.dtype
+        and (len(actual.shape) == len(spec.shape) or not actual.shape)
+        for spec in promised
+    )
+    if not agree:
+        raise PackageError(
+            f"The manifest of the package {package} describes other {side} than its graph has: "
+            f"{_listed(promised)} in the manifest, {_listed(found)} in the graph.",
+            fix="Build the package again.",
+        )
+
+
+def _listed(specs: tuple[TensorSpec, ...]) -> str:
+    return ", ".join(map(str, specs))[:300] or "none"

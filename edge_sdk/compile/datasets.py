@@ -24,6 +24,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 import numpy as np
@@ -377,9 +378,11 @@ class _CallableSamples(Samples):
 
 def _imported(source: str, folder: Path) -> Callable[[], Any]:
     module_name, _, function_name = source.partition(":")
+    before = set(sys.modules)
     sys.path.insert(0, str(folder))
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
+        importlib.invalidate_caches()  # the file may be younger than Python's listing of the folder
+        function = getattr(_module(module_name, folder.resolve()), function_name)
     except Exception as exc:  # the user's own code
         raise DataError(
             f"{source} cannot be imported from {folder}: {type(exc).__name__}: {exc}.",
@@ -387,9 +390,41 @@ def _imported(source: str, folder: Path) -> Callable[[], Any]:
         ) from exc
     finally:
         sys.path.remove(str(folder))
+        _forget(set(sys.modules) - before, folder.resolve())
     if not callable(function):
         raise DataError(f"{source} is not callable.", fix="It is a function that yields arrays.")
     return function  # type: ignore[no-any-return]  # whatever the user wrote
+
+
+def _module(name: str, folder: Path) -> ModuleType:
+    """The module `name` of `folder`, or one that is installed.
+
+    A module of the folder is imported afresh, as part of a package named after the folder's path: under its own name
+    another spec's module, or one of the standard library, might be there already.
+    """
+    stem = folder.joinpath(*name.split("."))
+    if not stem.with_name(f"{stem.name}.py").is_file() and not (stem / "__init__.py").is_file():
+        return importlib.import_module(name)
+    package = f"_edge_sdk_callables_{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
+    for known in [known for known in sys.modules if known.partition(".")[0] == package]:
+        del sys.modules[known]
+    parent = ModuleType(package)
+    parent.__path__ = [str(folder)]
+    sys.modules[package] = parent
+    return importlib.import_module(f"{package}.{name}")
+
+
+def _forget(names: set[str], folder: Path) -> None:
+    """Take those modules that lie in `folder` itself out of Python's list, for the next spec may have others so named.
+
+    Whoever imported one keeps it.
+    """
+    for name in names:
+        top = name.partition(".")[0]
+        if (folder / f"{top}.py").is_file() or (folder / top / "__init__.py").is_file():
+            file = getattr(sys.modules[name], "__file__", None)
+            if file is not None and Path(file).resolve().is_relative_to(folder):
+                del sys.modules[name]
 
 
 # Fitting samples to the model

@@ -33,6 +33,8 @@ from edge_sdk.tasks.registry import task_for
 
 WantedPrecision = Literal["auto", "fp32", "fp16", "int8"]
 
+MIN_CALIBRATION = 5
+"""Fewer samples cannot be divided into some to calibrate on and others to judge on."""
 _MIN_HELD_OUT = 8
 """Fewer samples than this say nothing about a graph; then every fifth calibration sample is held out instead."""
 
@@ -133,11 +135,38 @@ def _with_calibration(spec: EngineSpec, calibration: str | os.PathLike[str] | No
 
 
 def _refuse_to_overwrite(target: Path) -> None:
-    """A build replaces the whole directory, so it must be a package, empty, or not there."""
-    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
-        raise PackageError(f"{target} holds something that is not an engine package.", fix="Give another --output.")
-    if target.exists() and not target.is_dir():
+    """A build replaces the whole directory, so it must be a package and nothing else, empty, or not there."""
+    if not target.exists():
+        return
+    if not target.is_dir():
         raise PackageError(f"{target} is not a directory.", fix="Give another --output.")
+    entries = {entry.name: entry for entry in target.iterdir()}
+    ours = _files_of_a_package(target) if MANIFEST in entries else frozenset()
+    for name, entry in sorted(entries.items()):
+        if name not in ours or (entry.is_dir() and not entry.is_symlink()):
+            raise PackageError(
+                f"{target} would be replaced as a whole, but it holds {name!r}, which is not of an engine package.",
+                fix="Move it away, or give another --output.",
+            )
+
+
+def _files_of_a_package(folder: Path) -> frozenset[str]:
+    """The names its manifest vouches for, itself included; empty where it is not a package's manifest.
+
+    A package of another format, which this release cannot read, is known by its format number and its build key.
+    """
+    try:
+        return frozenset({MANIFEST, *EnginePackage.open(folder).manifest.files})
+    except PackageError:
+        pass
+    try:
+        data = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return frozenset()
+    if not isinstance(data, dict) or type(data.get("format")) is not int or not isinstance(data.get("build_key"), str):
+        return frozenset()
+    files = data.get("files")
+    return frozenset({MANIFEST, *(files if isinstance(files, dict) else ())})
 
 
 def _missing(profile: DeviceProfile, backend: Backend) -> str | None:
@@ -162,10 +191,10 @@ class Ingredients:
     labels: tuple[str, ...]
     calibration: Samples | None
     judging: Samples | None
-    """Validation data, or held-out calibration samples; None without any data."""
+    """Validation data, or held-out calibration samples, or those that were too few to calibrate on; None without."""
     judged_on: str
     held_out: Samples | None
-    """Calibration samples on which methods are compared."""
+    """Calibration samples on which methods are compared; None where there are too few to calibrate at all."""
     data_sha256: str
     key: str
 
@@ -183,6 +212,8 @@ def gathered(order: Order) -> Ingredients:
         judged_on = f"{len(validation)} samples of {spec.validation.data if spec.validation else ''}"
     elif held_out is not None:
         judged_on = f"{len(held_out)} held-out samples of {held_out.source}"
+    elif calibration is not None:
+        judged_on = f"{len(calibration)} samples of {calibration.source}"
     else:
         judged_on = "no data: none was given"
     order.progress("reading the data", 0, 1)
@@ -196,7 +227,7 @@ def gathered(order: Order) -> Ingredients:
         sha256=file_sha256(spec.model),
         labels=labels,
         calibration=calibration,
-        judging=validation or held_out,
+        judging=validation or held_out or calibration,
         judged_on=judged_on,
         held_out=held_out,
         data_sha256=data_sha256,
@@ -233,7 +264,8 @@ def _check_task(spec: EngineSpec, summary: ModelSummary, labels: tuple[str, ...]
 def _calibration_samples(spec: EngineSpec, reader: Reader) -> tuple[Samples | None, Samples | None]:
     """The samples to calibrate on and others of the same data, held out to compare methods on.
 
-    The held-out ones are those the spread left over; where it took all, every fifth of it.
+    The held-out ones are those the spread left over; where it took all, every fifth of it. Below MIN_CALIBRATION there
+    are none, and nothing is calibrated.
     """
     if spec.calibration is None:
         return None, None
@@ -242,10 +274,10 @@ def _calibration_samples(spec: EngineSpec, reader: Reader) -> tuple[Samples | No
     everything = open_samples(spec.calibration.data, reader, limit=wanted + held_out).without_labels()
     chosen = everything.spread(wanted)
     rest = everything.without(chosen)
+    if len(chosen) < MIN_CALIBRATION:
+        return chosen, None
     if len(rest) >= _MIN_HELD_OUT:
         return chosen, rest.spread(held_out)
-    if len(chosen) < 5:
-        return chosen, chosen
     fifth = chosen.spread(len(chosen) // 5)
     return chosen.without(fifth), fifth
 

@@ -27,7 +27,16 @@ from edge_sdk.compile.calibrate import METHODS, Method
 from edge_sdk.compile.datasets import Sample, Samples
 from edge_sdk.compile.inspect import ends_in_softmax
 from edge_sdk.compile.modernize import OPSET, ModernGraph, modern_graph
-from edge_sdk.compile.order import Ingredients, Order, WantedPrecision, existing, gathered, order_of, tools
+from edge_sdk.compile.order import (
+    MIN_CALIBRATION,
+    Ingredients,
+    Order,
+    WantedPrecision,
+    existing,
+    gathered,
+    order_of,
+    tools,
+)
 from edge_sdk.compile.report import write_reports
 from edge_sdk.compile.verify import (
     Accuracy,
@@ -114,7 +123,7 @@ def build_engine(
         progress: called with (step, done, total) as long steps advance.
 
     An already quantised model is packaged exactly as it is. Without validation data, part of the calibration samples
-    is held out to judge on. For a profile of another kind of device the speed cannot be measured here; `auto` then
+    is held out to judge on; fewer than five cannot be divided so, and `auto` then takes FP32. For a profile of another kind of device the speed cannot be measured here; `auto` then
     takes INT8 on its accuracy alone, and says so.
 
     The package appears in one step, or not at all: no failure and no interrupt leaves anything behind.
@@ -122,7 +131,7 @@ def build_engine(
     Raises:
         ModelError: the file is broken, hostile, cannot be taken; or the precision asked for is outside the budget.
         SpecError: engine.toml, or an argument, is wrong.
-        DataError: calibration or validation data is missing or does not fit, or `int8` was asked for without any.
+        DataError: calibration or validation data is missing or does not fit, or `int8` was asked for with fewer than five samples.
         ProfileError: no such profile, or it lacks the precision.
         BackendError: nothing here can run the graph, or the runtime refuses it.
         PackageError: `output` cannot be written, or holds something that is not a package.
@@ -275,6 +284,8 @@ def _candidate(
         return replace(baseline, reason=f"FP32: the profile {order.profile.name} does not compute INT8.")
     if ingredients.calibration is None:
         return replace(baseline, reason=f"FP32: INT8 needs calibration data, and none was given. {_GIVE_DATA}")
+    if ingredients.held_out is None:
+        return replace(baseline, reason=f"FP32: {_too_few(ingredients.calibration)}")
     try:
         return _int8(order, ingredients, model, reference)
     except ModelError as exc:
@@ -287,11 +298,20 @@ _GIVE_DATA = (
 )
 
 
+def _too_few(calibration: Samples) -> DataError:
+    return DataError(
+        f"{len(calibration)} calibration samples came from {calibration.source}; INT8 needs at least {MIN_CALIBRATION}.",
+        fix="About a hundred typical ones do.",
+    )
+
+
 def _int8(order: Order, ingredients: Ingredients, model: ModelProto, reference: Engine) -> _Candidate:
     """Statistics once; then a graph for each method asked for, and the best of them."""
     calibration, held_out = ingredients.calibration, ingredients.held_out
-    if calibration is None or held_out is None:
+    if calibration is None:
         raise DataError("INT8 was asked for, but there is no data to calibrate it with.", fix=_GIVE_DATA)
+    if held_out is None:
+        raise _too_few(calibration)
     scheme = order.profile.quantization
     placement = quantize.place(model, scheme)
     if not placement:

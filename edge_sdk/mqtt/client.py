@@ -9,24 +9,20 @@
     answer = await asyncio.wrap_future(client.submit("squeezenet", path))  # from asyncio
 
 Whether a request is sent, sent again or given up is decided in `edge_sdk.mqtt.pending`; this file is the shell around
-it: one background thread that owns the connection, and the encoding of what users have into what devices take.
+it: one background thread that owns the connection. What is on the wire is `edge_sdk.mqtt.answers`.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import secrets
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 
@@ -34,17 +30,14 @@ from edge_sdk.errors import (
     BrokerError,
     DataError,
     EdgeSdkError,
-    Malformed,
     NoAnswer,
     QueueFull,
-    RequestError,
     SettingsError,
-    TooLarge,
     Unavailable,
-    request_error,
 )
 from edge_sdk.mqtt import topics
 from edge_sdk.mqtt.address import connect_options
+from edge_sdk.mqtt.answers import Answer, ClientCodec, Data, Prediction, described, encoder
 from edge_sdk.mqtt.negotiation import ProtocolSetting
 from edge_sdk.mqtt.pending import Fail, PendingRequest, PendingRequests
 from edge_sdk.mqtt.reconnection import Reconnection
@@ -57,62 +50,19 @@ from edge_sdk.mqtt.transports.base import (
     Event,
     Message,
     MqttVersion,
-    Properties,
     Received,
     Refused,
     Subscribed,
     Transport,
 )
-from edge_sdk.tasks.base import BINARY, JPEG, JSON, NPY, PNG, Body
-from edge_sdk.tasks.npy import MAGIC as NPY_MAGIC
-from edge_sdk.tasks.npy import encode_npy
-from edge_sdk.tasks.oip import decode_response, encode_json_request, encode_request
-from edge_sdk.tensors import Array
+from edge_sdk.tasks.base import BINARY, Body
 
-Data = Union[bytes, bytearray, memoryview, str, "os.PathLike[str]", Array, Mapping[str, Array]]
-"""What a model can be asked about. See `Client.infer`."""
-
-HEADER_LENGTH = "inference-header-content-length"
-WAV = "audio/wav"
+__all__ = ["Answer", "Client", "ClientStatistics", "Data", "Prediction"]
 
 WINDOW = 64
 """Requests on their way to the broker, unacknowledged, at a time; the broker's Receive Maximum may say fewer."""
 ANSWERS_ON_THE_WAY = 1_000
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
-
-_SNIFFED = (
-    (b"\xff\xd8\xff", JPEG),
-    (b"\x89PNG", PNG),
-    (NPY_MAGIC, NPY),
-    (b"RIFF", WAV),
-)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One class of a classification; `score` is the model's, usually a probability."""
-
-    label: str
-    index: int
-    score: float
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a device answered. `outputs` are read-only views of `raw` where that is possible."""
-
-    outputs: dict[str, Array]
-    predictions: tuple[Prediction, ...]
-    """The best classes first; empty for a model that does not classify."""
-    model: str
-    model_version: str
-    device: str
-    timing: dict[str, float]
-    """Milliseconds on the device, by stage (`queue`, `infer`); empty on MQTT 3.1.1."""
-    content_type: str
-    raw: bytes = field(repr=False)
-    """The body as it came."""
-    status: int = 200
 
 
 @dataclass(frozen=True)
@@ -181,7 +131,7 @@ class Client:
         self._device = None if device is None else Topics(root, device).device
         self._timeout_s = timeout_s
         self._connect_timeout_s = connect_timeout_s
-        self._reply_topic = topics.reply(root, self.client_id)
+        self._codec = ClientCodec(self._root, self.client_id)
         self._options: ConnectOptions = connect_options(
             broker_url,
             client_id=self.client_id,
@@ -282,7 +232,7 @@ class Client:
             Topics(self._root, device or self._device or "").infer(model, version=version)
         else:
             Topics(self._root, "any").infer(model, version=version)
-        encode = _encoder(data)
+        encode = encoder(data)
         protocol = self._reconnection.version
         if version is not None and protocol == 4:
             raise SettingsError(
@@ -364,10 +314,7 @@ class Client:
         payload = self._retained.get(topic)
         if payload is None:
             raise NoAnswer(f"Nothing is retained on {topic}. {otherwise}")
-        described = json.loads(payload)
-        if not isinstance(described, dict):
-            raise NoAnswer(f"What is retained on {topic} is not an object.")
-        return described
+        return described(topic, payload)
 
     def _settle(self, topic_filter: str, until: Callable[[], bool] | None = None) -> None:
         """Watch a filter, and wait until what is retained there has had time to come, or `until` says enough."""
@@ -443,8 +390,11 @@ class Client:
                 continue
             try:
                 handle = self._transport.publish(self._message(request, job, now))
-            except TooLarge as error:
+            except (EdgeSdkError, ValueError) as err:
                 self._pending.cancel(request)
+                error = err if isinstance(err, EdgeSdkError) else DataError(
+                    f"The request for model {request.model!r} cannot be sent: {err}."
+                )  # fmt: skip
                 self._end(Fail(request, error))
                 continue
             self._resent += request.sends > 0
@@ -454,23 +404,10 @@ class Client:
         version = self._reconnection.version
         if job.body_version != version:
             job.body, job.body_version = job.encode(version), version
-        device = Topics(self._root, request.device or "")
-        if version == 4:
-            topic = device.infer_from(job.model, self.client_id, str(request.key))
-            return Message(topic, job.body.data)
-        user: list[tuple[str, str]] = []
-        if job.body.header_length is not None:
-            user.append((HEADER_LENGTH, str(job.body.header_length)))
-        if job.accept is not None:
-            user.append(("accept", job.accept))
-        properties = Properties(
-            response_topic=self._reply_topic,
-            correlation_data=request.key.to_bytes(8, "big"),
-            content_type=job.body.content_type or None,
-            message_expiry_s=max(1, math.ceil(request.deadline - now)),
-            user=tuple(user),
-        )
-        return Message(device.infer(job.model, version=job.version), job.body.data, properties=properties)
+        return self._codec.request(
+            request.key, request.device or "", job.model, job.body,
+            version=job.version, accept=job.accept, protocol=version, remaining_s=request.deadline - now,
+        )  # fmt: skip
 
     # ----------------------------------------------------------------------------------------------------- connection
 
@@ -514,8 +451,7 @@ class Client:
         """Ask for what is watched and not asked for yet; the answers' own topic comes first."""
         if not self._reconnection.is_connected:
             return
-        mine = f"{self._root}/+/models/+/result/{self.client_id}/+"
-        answers = self._reply_topic if self._reconnection.version == 5 else mine
+        answers = self._codec.answers_filter(self._reconnection.version)
         asked = self._granted.union(*self._subscribing.values())
         with self._lock:
             wanted = [name for name in (answers, *sorted(self._watched)) if name not in asked]
@@ -557,7 +493,7 @@ class Client:
     def _on_message(self, received: Received, now: float) -> None:
         message = received.message
         self._transport.acknowledge(received)
-        key = self._key_of(message)
+        key = self._codec.key(message)
         if key is not None:
             self._on_answer(key, message, now)
         elif message.topic.endswith("/availability"):
@@ -576,23 +512,13 @@ class Client:
                 self._retained.pop(message.topic, None)
             self._retained_changed.notify_all()
 
-    def _key_of(self, message: Message) -> int | None:
-        """The request that a message claims to answer; None if it is no answer."""
-        if message.topic == self._reply_topic:
-            data = message.properties.correlation_data
-            return int.from_bytes(data, "big") if data is not None and len(data) == 8 else -1
-        head, found, number = message.topic.rpartition(f"/result/{self.client_id}/")
-        if not found or not head.startswith(self._root):
-            return None
-        return int(number) if number.isascii() and number.isdigit() else -1
-
     def _on_answer(self, key: int, message: Message, now: float) -> None:
         request = self._pending.answered(key)
         if request is None:
             return
         job = self._jobs[request]
         try:
-            answer = _read_answer(message, job.model, request.device or "")
+            answer = self._codec.answer(message, job.model, request.device or "")
         except (QueueFull, Unavailable) as error:
             self._pending.put_off(request, error, now)
         except EdgeSdkError as error:
@@ -613,109 +539,3 @@ class Client:
 def _set_exception(future: Future[Answer], error: EdgeSdkError) -> None:
     if future.set_running_or_notify_cancel():
         future.set_exception(error)
-
-
-def _encoder(data: Data) -> Callable[[MqttVersion], Body]:
-    """How `data` is said in each version of MQTT. Raises DataError for what cannot be said."""
-    if isinstance(data, np.ndarray):
-        array = data
-        if array.dtype.kind in "OSU":
-            raise DataError("An array of strings or objects has no raw form.", fix="Give {input name: array}.")
-        return lambda _version: Body(encode_npy(array), NPY)
-    if isinstance(data, Mapping):
-        feeds = {str(name): np.asarray(array) for name, array in data.items()}
-
-        def encode(version: MqttVersion) -> Body:
-            if version == 5:
-                return encode_request(feeds)
-            # 3.1.1 has no property to say where a binary body's header ends.
-            (first, *others) = feeds.values()
-            return encode_json_request(feeds) if others or first.dtype.kind in "OSU" else Body(encode_npy(first), NPY)
-
-        if not feeds:
-            raise DataError("There is no input in {}.", fix="Give {input name: array}.")
-        return encode
-    if isinstance(data, (str, os.PathLike)):
-        path = Path(data)
-        try:
-            data = path.read_bytes()
-        except OSError as err:
-            raise DataError(f"The input {path} cannot be read: {err.strerror}.") from err
-    if not isinstance(data, (bytes, bytearray, memoryview)):
-        raise DataError(
-            f"A {type(data).__name__} is not something a model can be asked about.",
-            fix="Give bytes, the path of a file, an array, or {input name: array}.",
-        )
-    body = Body(bytes(data), _sniff(data))
-    return lambda _version: body
-
-
-def _sniff(data: bytes | bytearray | memoryview) -> str:
-    """The content type that the first bytes show; a raw tensor shows none."""
-    head = bytes(data[:64])
-    for magic, content_type in _SNIFFED:
-        if head.startswith(magic):
-            return content_type
-    return JSON if head.lstrip().startswith(b"{") else BINARY
-
-
-def _read_answer(message: Message, model: str, device: str) -> Answer:
-    """The Answer in a message; raises the RequestError that it holds instead."""
-    properties = message.properties
-    user = dict(properties.user)
-    status = _number(user.get("status"), 0)
-    content_type = properties.content_type or _sniff(message.payload)
-    if status >= 400 or (not status and message.payload.startswith(b'{"error"')):
-        raise _read_error(message.payload, status, user.get("retry-after"))
-    outputs: dict[str, Array] = {}
-    predictions: tuple[Prediction, ...] = ()
-    version = user.get("model-version", "")
-    if content_type in (JSON, BINARY):
-        header_length = _number(user.get(HEADER_LENGTH), 0) or None
-        try:
-            response = decode_response(message.payload, header_length)
-            predictions = tuple(
-                Prediction(str(each.get("label", "")), int(each["index"]), float(each["score"]))
-                for each in response.extra.get("predictions", ())
-            )
-        except (RequestError, KeyError, TypeError, ValueError, AttributeError) as err:
-            raise NoAnswer(f"The answer for model {model!r} cannot be read: {err}.") from err
-        outputs, version = response.outputs, response.model_version or version
-    return Answer(
-        outputs=outputs,
-        predictions=predictions,
-        model=model,
-        model_version=version,
-        device=user.get("device", device),
-        timing=_timing(user.get("server-timing", "")),
-        content_type=content_type,
-        raw=message.payload,
-        status=status or 200,
-    )
-
-
-def _read_error(payload: bytes, status: int, retry_after: str | None) -> EdgeSdkError:
-    try:
-        body = json.loads(payload)
-        text, code = str(body["error"]), str(body.get("code", ""))
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return Malformed(f"The device answered with status {status} and a body that is no error: {payload[:80]!r}.")
-    wait = retry_after if retry_after is not None else body.get("retry_after_ms")
-    retry_after_ms = _number(str(wait), -1) if wait is not None else -1
-    return request_error(code, text, retry_after_ms if retry_after_ms >= 0 else None)
-
-
-def _timing(text: str) -> dict[str, float]:
-    """`queue;dur=1.2, infer;dur=5.8` as milliseconds by name; what does not look like that is left out."""
-    timing: dict[str, float] = {}
-    for entry in text.split(","):
-        name, _, duration = entry.partition(";dur=")
-        try:
-            timing[name.strip()] = float(duration)
-        except ValueError:
-            continue
-    return timing
-
-
-def _number(text: str | None, otherwise: int) -> int:
-    return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < 16 else otherwise

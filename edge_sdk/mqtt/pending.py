@@ -9,6 +9,9 @@ PUBACK is not delivery: a broker may acknowledge a request and lose it, a daemon
 sent again, under the same key, when its answer takes suspiciously long and after every reconnect; a device recognises
 the key and computes once. What came twice is dropped here, so the caller sees one answer.
 
+A device remembers answers by reply topic and key, and the reply topic is the client id's. So the keys of a process
+start at a number of its own: were it 1, a client that is restarted would be given the answers of its former life.
+
 Nobody listening is worth knowing early. MQTT 5 says it in the PUBACK; otherwise the device's retained availability
 does. A device this client has never seen is given up after SETTLE_S; one that it saw may be restarting, and is waited
 for.
@@ -20,6 +23,7 @@ import heapq
 import itertools
 import math
 import random
+import secrets
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -42,6 +46,9 @@ REMEMBERED = 8_192
 
 NO_SUBSCRIBERS = 0x10
 QUOTA_EXCEEDED = 0x97
+
+KEY_BITS = 62
+"""Of the first key: of the 8 bytes a key has on the wire, two bits are left to count on."""
 
 
 @dataclass(eq=False)
@@ -97,11 +104,12 @@ class PendingRequests:
     """The table of requests without an answer.
 
     `wait_for_device_s` is the patience with a device that was online before; `knows_listeners`: whether PUBACK says
-    that nobody listens (MQTT 5).
+    that nobody listens (MQTT 5). The keys count up from `first_key`.
     """
 
     wait_for_device_s: float = 10.0
     chance: Callable[[], float] = random.random
+    first_key: int = field(default_factory=lambda: secrets.randbits(KEY_BITS))
     knows_listeners: bool = True
     devices: dict[str, DeviceState] = field(default_factory=dict)
 
@@ -115,9 +123,12 @@ class PendingRequests:
     _in_flight: dict[int, PendingRequest] = field(default_factory=dict)
     _answered: OrderedDict[int, None] = field(default_factory=OrderedDict)
     _failed: list[Fail] = field(default_factory=list)
-    _last_key: int = 0
+    _keys: Iterator[int] = field(init=False)
     _window: int = 0
     _settled_at: float = math.inf
+
+    def __post_init__(self) -> None:
+        self._keys = itertools.count(self.first_key)
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -126,7 +137,7 @@ class PendingRequests:
 
     def add(self, device: str | None, model: str, *, deadline: float, now: float) -> PendingRequest:
         """A new request, to be sent as soon as possible."""
-        request = PendingRequest(self._new_key(), model, device, deadline)
+        request = PendingRequest(next(self._keys), model, device, deadline)
         self._requests[request.key] = request
         self._push_timer(request, min(deadline, now + FIRST_LOOK_S))
         self._make_ready(request)
@@ -209,7 +220,7 @@ class PendingRequests:
     def put_off(self, request: PendingRequest, error: RequestError, now: float) -> None:
         """The answer was: not now. That ended the request on the wire; it comes back as a new one, under a new key."""
         request.error = error
-        request.key = self._new_key()
+        request.key = next(self._keys)
         self._requests[request.key] = request
         pause_s = error.retry_after_ms / 1000 if error.retry_after_ms else RETRY_S * 2 ** min(request.put_offs, 5)
         request.put_offs += 1
@@ -337,10 +348,6 @@ class PendingRequests:
 
     def _forget(self, request: PendingRequest) -> None:
         self._requests.pop(request.key, None)
-
-    def _new_key(self) -> int:
-        self._last_key += 1
-        return self._last_key
 
     def _jitter(self, pause_s: float) -> float:
         return pause_s * (0.75 + 0.5 * self.chance())

@@ -45,6 +45,8 @@ FAILURE = 0x80
 _Key = tuple[str, str, bytes]
 """Request topic, reply topic, correlation data: what tells a request from any other."""
 
+_FORGOTTEN = Message("", b"")
+
 Fate = Literal["new", "joined", "replayed", "reused"]
 
 
@@ -282,7 +284,9 @@ class Session:
         return min(self._own_window, self._limits.receive_maximum)
 
     def _enter(self, event: Received) -> _LedgerEntry:
-        entry = _LedgerEntry(event, done=event.packet_id is None)
+        # Without its payload: up to a whole Receive Maximum of them waits here for the broker.
+        bare = Received(_FORGOTTEN, event.packet_id, event.duplicate, event.connection)
+        entry = _LedgerEntry(bare, done=event.packet_id is None)
         if event.packet_id is not None and self._connected:
             self._ledger.append(entry)
         return entry

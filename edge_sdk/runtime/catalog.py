@@ -1,8 +1,8 @@
 """Which packages a folder offers, and what has changed since the last look: pure but for reading manifests.
 
 `scan` lists the packages in the engines folder, one for each model and version: where several profiles of the same
-model lie side by side, the one that fits this machine, and among those the profile that was detected. `changes`
-compares two lists by digest, so a reload touches only what is new, different or gone.
+model lie side by side, the one that fits this machine, and among those the profile that was detected. `to_load`
+compares with what is served, by digest, so a reload touches only what is new, different or gone.
 """
 
 from __future__ import annotations
@@ -35,15 +35,6 @@ class Entry:
         return self.model, self.version
 
 
-@dataclass(frozen=True)
-class Changes:
-    """What a reload has to do."""
-
-    load: tuple[Entry, ...]
-    """New, or with another digest than what is served now."""
-    drop: tuple[Key, ...]
-
-
 def scan(
     folder: Path, machine: Machine, profile: DeviceProfile | None, served: Mapping[Path, Key] | None = None
 ) -> dict[Key, Entry]:
@@ -58,12 +49,9 @@ def scan(
     return {key: max(entries, key=lambda entry: _preference(entry, machine, profile)) for key, entries in found.items()}
 
 
-def changes(served: Mapping[Key, str], wanted: Mapping[Key, Entry]) -> Changes:
-    """From what is served (key -> digest) to what is wanted."""
-    return Changes(
-        load=tuple(entry for key, entry in wanted.items() if served.get(key) != entry.digest),
-        drop=tuple(key for key in served if key not in wanted),
-    )
+def to_load(served: Mapping[Key, str], wanted: Mapping[Key, Entry]) -> list[Entry]:
+    """What is new, or has another digest than what is served now (key -> digest)."""
+    return [entry for key, entry in wanted.items() if served.get(key) != entry.digest]
 
 
 def newest_first(versions: Iterable[str]) -> list[str]:

@@ -174,9 +174,11 @@ class ServedModel:
 
     def _unavailable(self) -> RequestError:
         if self._retired:
-            return Unavailable(f"The model {self.model!r} was taken out of service.")
+            return Unavailable(f"The model {self.model!r} was taken out of service.", retry_after_ms=1000)
         return Unavailable(
-            f"The model {self.model!r} did not load.", fix="Its state topic and the log have the reason."
+            f"The model {self.model!r} did not load.",
+            fix="Its state topic and the log have the reason.",
+            retryable=False,
         )
 
     def _finish(self, answer: Answer) -> None:

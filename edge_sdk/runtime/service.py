@@ -29,7 +29,7 @@ from typing import Any
 from edge_sdk.errors import EdgeSdkError, ModelNotFound, PackageError, RequestError, VersionNotFound
 from edge_sdk.profiles import DeviceProfile, Machine
 from edge_sdk.runtime.batching import QueueLimits
-from edge_sdk.runtime.catalog import Entry, Key, changes, newest_first, scan
+from edge_sdk.runtime.catalog import Entry, Key, newest_first, scan, to_load
 from edge_sdk.runtime.messages import Answer, Request
 from edge_sdk.runtime.served import ServedModel
 from edge_sdk.runtime.statistics import Statistics
@@ -66,6 +66,7 @@ class Service:
         # Both are replaced as a whole and never changed, so readers need no lock.
         self._models: dict[Key, ServedModel] = {}
         self._by_name: dict[str, list[ServedModel]] = {}
+        self._counting = threading.Lock()
         self._stopping = False
         self._followed = False  # whether the folder has been read and loaded once
         self._orders: queue.SimpleQueue[Callable[[], Sequence[Entry]] | None] = queue.SimpleQueue()
@@ -163,7 +164,8 @@ class Service:
         return named
 
     def _finish(self, answer: Answer) -> None:
-        self.statistics.count(answer)
+        with self._counting:
+            self.statistics.count(answer)
         self._on_answer(answer)
 
     def _follow_orders(self) -> None:
@@ -182,20 +184,22 @@ class Service:
 
     def _adopt(self) -> Sequence[Entry]:
         """Make the models in service those of the folder; gives back what has to be loaded for it."""
-        served = {model.package.path: key for key, model in self._models.items() if model.package is not None}
-        wanted = scan(self._engines, self._machine, self._profile, served)
-        todo = changes({key: model.digest for key, model in self._models.items() if model.state == "READY"}, wanted)
+        places = {model.package.path: key for key, model in self._models.items() if model.package is not None}
+        wanted = scan(self._engines, self._machine, self._profile, places)
+        served = {key: model.digest for key, model in self._models.items() if model.state == "READY"}
         gone = [model for key, model in self._models.items() if key not in wanted]
         self._models = {key: self._models.get(key) or self._new_model(key) for key in wanted}
         self._by_name = {
             name: [self._models[name, version] for version in newest_first(v for n, v in wanted if n == name)]
             for name in sorted({name for name, _ in wanted})
         }
+        if not wanted:
+            log.warning("There is no package in %s; `edge-sdk build-engine` makes one.", self._engines.absolute())
         for model in gone:
             log.info("%s %s is gone from the folder; it is retired.", model.model, model.version)
             model.retire()
         self._on_change()
-        return todo.load
+        return to_load(served, wanted)
 
     def _new_model(self, key: Key) -> ServedModel:
         return ServedModel(*key, limits=self._limits, on_answer=self._finish, clock=self._clock)

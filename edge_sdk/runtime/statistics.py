@@ -20,7 +20,8 @@ class Statistics:
 
     answers: Counter[int] = field(default_factory=Counter)
     batches: int = 0
-    rows: int = 0
+    batched: int = 0
+    """Requests that were computed, in however many batches."""
     _queue_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))
     _infer_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))
 
@@ -32,14 +33,14 @@ class Statistics:
 
     def count_batch(self, requests: int) -> None:
         self.batches += 1
-        self.rows += requests
+        self.batched += requests
 
     def snapshot(self) -> dict[str, Any]:
         """The counts as JSON-ready values; times in milliseconds."""
         return {
             "answers": {str(status): count for status, count in sorted(self.answers.items())},
             "batches": self.batches,
-            "mean_batch": round(self.rows / self.batches, 2) if self.batches else 0.0,
+            "mean_batch": round(self.batched / self.batches, 2) if self.batches else 0.0,
             "queue_ms": percentiles(self._queue_ms),
             "infer_ms": percentiles(self._infer_ms),
         }

@@ -10,6 +10,7 @@ batch of n is the first n rows of both. So the same arrays meet the engine every
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from edge_sdk.runtime.batching import pack
 from edge_sdk.runtime.messages import Answer, Request, Timing
 from edge_sdk.tasks.base import Body, Decoded, Task
 from edge_sdk.tasks.registry import task_of
-from edge_sdk.tensors import Array, Feeds, Outputs, allocate, is_batchable
+from edge_sdk.tensors import Array, Feeds, Outputs, allocate, is_batchable, zeros
 
 log = logging.getLogger(__name__)
 
@@ -96,9 +97,12 @@ class Worker:
     def warm_up(self) -> float:
         """Compute a best batch of zeros, and give back the seconds that it takes once it is warm.
 
-        Raises EngineFailed. A model whose sizes are known only at run time is asked nothing; it counts as slow.
+        Raises EngineFailed. A model whose sizes are known only at run time is asked with every free axis at 1, which
+        need not make sense to it, so its failure is none; it counts as slow.
         """
         if self._slab is None:
+            with contextlib.suppress(EdgeSdkError):
+                self._engine.infer(zeros(self._engine.inputs))
             return float("inf")
         for array in self._slab.inputs.values():
             array.fill(0)

@@ -4,13 +4,14 @@ The size in the header is checked before a pixel is decoded, so a small file tha
 A JPEG much larger than what the model looks at is decoded at half, a quarter or an eighth of its size (libjpeg does
 that while decoding), which saves most of the time on camera pictures. EXIF rotation is applied; alpha is dropped; the
 first frame of an animation counts. The same code prepares calibration photos and requests, so an engine is calibrated
-on exactly what it will see.
+on exactly what it will see. Only the part that `center_crop` keeps is resized.
 """
 
 from __future__ import annotations
 
 import io
 import struct
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,8 +26,11 @@ if TYPE_CHECKING:
 MAX_PIXELS = 50_000_000
 """More than any camera an edge device is likely to see; 150 MB once decoded."""
 
-_MAX_RESIZED_PIXELS = 2 * MAX_PIXELS
-"""A picture of one pixel's height has few pixels until its shorter side is resized to 224."""
+_MAX_RESIZED_PIXELS = 8192 * 8192
+"""The most that engine.toml can ask for. It bounds the result and what Pillow computes on the way to it."""
+
+_MAX_ASPECT = 100
+"""A picture of one pixel's height has few pixels until its shorter side is resized to 224; no photo is so thin."""
 
 _SHARPNESS = 2
 """A JPEG is never decoded to less than this many times the size it is resized to."""
@@ -42,8 +46,7 @@ def decode_image(data: bytes, preprocess: Preprocess) -> Array:
     if width * height > MAX_PIXELS:
         raise TooLarge(f"The picture is {width} x {height}; at most {MAX_PIXELS:,} pixels are decoded.")
     target = _resized_size(picture.size, preprocess)
-    if target[0] * target[1] > _MAX_RESIZED_PIXELS:
-        raise TooLarge(f"The picture is {width} x {height}; resized for the model it would be far larger.")
+    _check_cost(picture.size, preprocess)
     try:
         picture.draft("RGB", (target[0] * _SHARPNESS, target[1] * _SHARPNESS))
         picture = _in_color(_upright(picture), preprocess)
@@ -70,13 +73,20 @@ def normalize(pixels: Array, preprocess: Preprocess) -> Array:
     return prepared[np.newaxis]
 
 
-def _open(data: bytes) -> Image:
+def check_pillow() -> None:
+    """Raise BackendUnavailable where Pillow is missing: when a model is loaded, not when its first photo comes."""
     try:
-        from PIL import Image, UnidentifiedImageError
+        import PIL.Image  # noqa: F401  # a broken build fails here, where its C part is loaded
     except ImportError as exc:
         raise BackendUnavailable(
             f"Pillow cannot be imported: {exc}.", fix="Pictures need it: pip install 'edge-sdk[vision]'."
         ) from exc
+
+
+def _open(data: bytes) -> Image:
+    check_pillow()
+    from PIL import Image, UnidentifiedImageError
+
     try:
         return Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
@@ -117,6 +127,47 @@ def _resized_size(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, i
     )
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """What is computed: `size` pixels, from the part `box` of the picture, put at `at` on black of `canvas` pixels."""
+
+    size: tuple[int, int]
+    box: tuple[float, float, float, float]
+    at: tuple[int, int]
+    canvas: tuple[int, int]
+
+
+def _cut(size: tuple[int, int], preprocess: Preprocess) -> _Cut:
+    """The crop, mapped back to the picture of `size` that it is taken from: only what is kept is ever resized."""
+    resized = _resized_size(size, preprocess)
+    sides = resized if preprocess.center_crop is None else (preprocess.center_crop,) * 2
+    starts = [(whole - side) // 2 for whole, side in zip(resized, sides)]
+    low = [max(0, start) for start in starts]
+    high = [min(whole, start + side) for whole, start, side in zip(resized, starts, sides)]
+    left, top = (place * whole / new for place, whole, new in zip(low, size, resized))
+    right, bottom = (min(whole, place * whole / new) for place, whole, new in zip(high, size, resized))
+    return _Cut(
+        size=(high[0] - low[0], high[1] - low[1]),
+        box=(left, top, right, bottom),
+        at=(low[0] - starts[0], low[1] - starts[1]),
+        canvas=(sides[0], sides[1]),
+    )
+
+
+def _check_cost(size: tuple[int, int], preprocess: Preprocess) -> None:
+    """Raise TooLarge where resizing a picture of `size` would cost more than any photo does, held either way up."""
+    width, height = size
+    if preprocess.resize is None and max(size) > _MAX_ASPECT * min(size):
+        raise TooLarge(
+            f"The picture is {width} x {height}; one side may be at most {_MAX_ASPECT} times as long as the other."
+        )
+    for turned in (size, (height, width)):
+        cut = _cut(turned, preprocess)
+        rows = cut.box[3] - cut.box[1]  # Pillow resizes along the rows first, and keeps them all until it has
+        if max(cut.size[0] * rows, cut.size[0] * cut.size[1]) > _MAX_RESIZED_PIXELS:
+            raise TooLarge(f"The picture is {width} x {height}; resized for the model it would be far larger.")
+
+
 def _resized_and_cropped(picture: Image, preprocess: Preprocess) -> Image:
     from PIL import Image
 
@@ -125,11 +176,10 @@ def _resized_and_cropped(picture: Image, preprocess: Preprocess) -> Image:
         "bicubic": Image.Resampling.BICUBIC,
         "nearest": Image.Resampling.NEAREST,
     }[preprocess.interpolation]
-    target = _resized_size(picture.size, preprocess)
-    if target != picture.size:
-        picture = picture.resize(target, resample)
-    if preprocess.center_crop is not None:
-        side = preprocess.center_crop
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        picture = picture.crop((left, top, left + side, top + side))
-    return picture
+    cut = _cut(picture.size, preprocess)
+    kept = picture.resize(cut.size, resample, box=cut.box)
+    if cut.size == cut.canvas:
+        return kept
+    canvas = Image.new(picture.mode, cut.canvas)
+    canvas.paste(kept, cut.at)
+    return canvas

@@ -20,7 +20,10 @@ def task_for(
     postprocess: Postprocess | None = None,
     labels: tuple[str, ...] = (),
 ) -> Task:
-    """The task called `task` for a model with these inputs and outputs; SpecError if the model does not suit it."""
+    """The task called `task` for a model with these inputs and outputs.
+
+    Raises SpecError if the model does not suit it, BackendUnavailable where this machine lacks what the task needs.
+    """
     match task:
         case "tensors":
             from edge_sdk.tasks.tensors import TensorTask
@@ -28,6 +31,7 @@ def task_for(
             return TensorTask(name, version, inputs=inputs, outputs=outputs, labels=labels)
         case "image-classification":
             from edge_sdk.tasks.image_classification import ImageClassification
+            from edge_sdk.tasks.images import check_pillow
 
             if preprocess is None:
                 raise SpecError("The task image-classification needs a [preprocess] table.", fix="Add one.")
@@ -37,6 +41,7 @@ def task_for(
                     f"{', '.join(map(str, inputs))}.",
                     fix='Use task = "tensors".',
                 )
+            check_pillow()
             return ImageClassification(
                 name,
                 version,

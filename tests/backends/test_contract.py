@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.metadata
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
-from onnx import ModelProto, TensorProto
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import ModelProto, TensorProto, helper
 
 from edge_sdk.backends import registry
-from edge_sdk.backends.base import Backend, Engine
+from edge_sdk.backends.base import UNKNOWN_VERSION, Backend, Engine, installed_version
+from edge_sdk.backends.onnx_bytes import refuse_external_data
 from edge_sdk.errors import EngineFailed, OutOfMemory
 from edge_sdk.tensors import OIP_FROM_DTYPE, Array, TensorSpec, allocate
 from tests import packages
@@ -194,6 +201,63 @@ def test_a_broken_graph_does_not_load(backend: Backend, graph: bytes) -> None:
         backend.load_graph(graph, packages.profile())
 
 
+@pytest.mark.parametrize("kind", [TensorProto.BFLOAT16, TensorProto.COMPLEX64, TensorProto.FLOAT8E4M3FN])
+def test_a_dtype_that_no_wire_carries_does_not_load(backend: Backend, kind: int) -> None:
+    """A graph whose input is of a dtype we have no name for is EngineFailed, which says so."""
+    with pytest.raises(EngineFailed, match="cannot load the graph"):
+        load(backend, packages.identity(kind))
+
+
+def elsewhere(location: str, where: str) -> ModelProto:
+    """y = w * x, the four numbers of w in the file `location`: in the graph, or in one of the places beside it."""
+    w = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", location), ("offset", "0"), ("length", "16")):
+        w.external_data.add(key=key, value=value)
+    multiply = helper.make_node("Mul", ["x", "w"], ["y"])
+    row = (TensorProto.FLOAT, ("batch", 4))
+    model = packages.graph([multiply], {"x": row}, {"y": row})
+    constant = helper.make_node("Constant", [], ["w"], value=w)
+    match where:
+        case "graph":
+            model.graph.initializer.append(w)
+        case "node":
+            model.graph.node.insert(0, constant)
+        case "branch":
+            branch = helper.make_graph([constant], "b", [], [helper.make_tensor_value_info("w", 1, [4])])
+            always = helper.make_node("Constant", [], ["yes"], value=helper.make_tensor("yes", 9, [], [True]))
+            model.graph.node.insert(0, helper.make_node("If", ["yes"], ["w"], then_branch=branch, else_branch=branch))
+            model.graph.node.insert(0, always)
+        case "function":
+            opsets = [helper.make_opsetid("", 17)]
+            model.functions.append(helper.make_function("ours", "Weights", [], ["w"], [constant], opsets))
+            model.opset_import.append(helper.make_opsetid("ours", 1))
+            model.graph.node.insert(0, helper.make_node("Weights", [], ["w"], domain="ours"))
+    return model
+
+
+@pytest.mark.parametrize("path", ["weights", "absolute", "../{}/weights"])
+@pytest.mark.parametrize("where", ["graph", "node", "branch", "function"])
+def test_a_graph_reads_no_file(
+    backend: Backend, where: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph that says its weights lie in a file is refused, even where that file exists, and nobody opens it."""
+    monkeypatch.chdir(tmp_path)
+    weights = tmp_path / "weights"
+    os.mkfifo(weights)  # whoever opens it waits for ever
+    location = str(weights) if path == "absolute" else path.format(tmp_path.name)
+    with pytest.raises(EngineFailed, match="cannot load the graph: some of its data lies in another file"):
+        load(backend, elsewhere(location, where))
+
+
+@given(st.binary(max_size=200), st.integers(0, 400), st.binary(max_size=4))
+def test_any_bytes_are_walked_or_refused(noise: bytes, position: int, splice: bytes) -> None:
+    """Looking for files in bytes that are no graph raises EngineFailed or nothing."""
+    sound = packages.scaling().SerializeToString()
+    for data in (noise, sound[:position], sound[:position] + splice + sound[position + len(splice) :]):
+        with contextlib.suppress(EngineFailed):
+            refuse_external_data(data)
+
+
 def test_close_gives_everything_back(engine: Engine) -> None:
     """Closing twice is harmless, and a closed engine says so, with and without `out`."""
     engine.infer({"x": rows(1)}, {"y": np.empty((1, 4), np.float32)})
@@ -243,3 +307,22 @@ def test_availability_is_said_in_words() -> None:
 
         assert available.version if available else available.why_not and available.fix
         assert not dataclasses.replace(available, version=None)
+
+
+def test_a_runtime_under_another_name_is_available(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module may come from onnxruntime-gpu, or from a vendor's build without any metadata: it runs all the same."""
+    known = {f"{'onnxruntime-gpu' if backend.name == 'onnxruntime' else 'onnx-weekly'}": "1.23.4"}
+
+    def version(name: str) -> str:
+        if name not in known:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return known[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+    assert "1.23.4" == backend.availability().version
+
+    known.clear()
+
+    assert UNKNOWN_VERSION == backend.availability().version == installed_version("no_such_module")
+    assert backend.availability()

@@ -155,6 +155,45 @@ def test_callable_beside_the_spec(tmp_path: Path) -> None:
         assert [0, 1, 2, 3, 4] == [int(s.feeds["image"].flat[0]) for s in samples]
 
 
+def _callable(folder: Path, source: str, files: dict[str, str]) -> float:
+    """The first number of the first sample that `source` yields, its code being `files` in `folder`."""
+    for name, code in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(code)
+    sample = next(iter(open_samples(source, Reader(INPUTS, folder=folder), limit=1)))
+    return float(sample.feeds["image"].flat[0])
+
+
+_YIELDS = "import numpy as np\ndef samples():\n    yield np.full((3, 16, 16), {}, np.float32)\n"
+
+
+@pytest.mark.parametrize("module", ["calib", "calendar", "pkg.calib"])
+def test_callables_are_those_of_the_spec(tmp_path: Path, module: str) -> None:
+    """Neither another spec's module of that name nor the standard library's stands in for the one beside the spec."""
+    file = module.replace(".", "/") + ".py"
+
+    assert 1.0 == _callable(tmp_path / "one", f"{module}:samples", {file: _YIELDS.format(1)})
+    assert 2.0 == _callable(tmp_path / "two", f"{module}:samples", {file: _YIELDS.format(2)})
+
+
+@pytest.mark.parametrize("statement", ["from numbers_of_mine import N", "from .numbers_of_mine import N"])
+def test_modules_that_a_callable_imports_are_those_of_the_spec(tmp_path: Path, statement: str) -> None:
+    """What lies beside it can be imported as usual, and is not mistaken for another spec's either."""
+    code = f"{statement}\n" + _YIELDS.format("N")
+    for number in (1, 2):
+        files = {"calib.py": code, "numbers_of_mine.py": f"N = {number}\n"}
+
+        assert number == _callable(tmp_path / str(number), "calib:samples", files)
+
+
+def test_installed_callables_are_imported(tmp_path: Path) -> None:
+    """Without such a file beside the spec, a module is looked for where Python does."""
+    with pytest.raises(DataError) as caught:
+        open_samples("math:sqrt", Reader(INPUTS, folder=tmp_path))
+
+    assert "missing 1 required positional argument" in caught.value.problem
+
+
 def test_failing_callable_is_a_data_error(tmp_path: Path) -> None:
     """The user's own code is named, with what it raised."""
     (tmp_path / "failing_samples.py").write_text("def samples():\n    yield 1 / 0\n")

@@ -116,6 +116,35 @@ def test_data_can_be_given_to_a_bare_model(tmp_path: Path, cpu: DeviceProfile) -
     assert "held-out" in package.manifest.measurements.judged_on
 
 
+def test_few_samples_are_no_calibration(tmp_path: Path, cpu: DeviceProfile) -> None:
+    """Below five there is nothing to hold out: INT8 is refused, and `auto` is FP32 for that reason."""
+    (tmp_path / "net.onnx").write_bytes(conv_net().SerializeToString())
+    np.save(tmp_path / "some.npy", pictures(4))
+    with pytest.raises(DataError) as caught:
+        build_engine(tmp_path / "net.onnx", profile=cpu, precision="int8", calibration=tmp_path / "some.npy")
+    package = build_engine(tmp_path / "net.onnx", profile=cpu, calibration=tmp_path / "some.npy")
+
+    assert re.search(r"\b4 .*at least 5", caught.value.problem)
+    assert "hundred" in caught.value.fix
+    assert "fp32" == package.manifest.precision
+    assert package.manifest.measurements is not None
+    assert re.search(r"FP32: .*\b4 .*at least 5", package.manifest.measurements.decision)
+    assert "held-out" not in package.manifest.measurements.judged_on
+
+
+def test_five_samples_are_enough(tmp_path: Path, cpu: DeviceProfile) -> None:
+    """One of them is held out, and never calibrated on."""
+    (tmp_path / "net.onnx").write_bytes(conv_net().SerializeToString())
+    np.save(tmp_path / "some.npy", pictures(5))
+    manifest = build_engine(
+        tmp_path / "net.onnx", profile=cpu, precision="int8", calibration=tmp_path / "some.npy"
+    ).manifest
+
+    assert manifest.calibration is not None
+    assert manifest.measurements is not None
+    assert (4, 1) == (manifest.calibration.samples, manifest.measurements.samples)
+
+
 def test_budget_is_kept(engine_folder: Path, cpu: DeviceProfile) -> None:
     """Outside it, `auto` falls back to FP32 with the figures, and an explicit wish is refused."""
     _edit(engine_folder, "min_snr_db = 15.0", "min_snr_db = 120.0")
@@ -205,6 +234,45 @@ def test_only_packages_are_overwritten(engine_folder: Path, cpu: DeviceProfile, 
         build_engine(engine_folder, profile=cpu, precision="fp32", output=tmp_path)
 
     assert (engine_folder / "engine.toml").is_file()
+
+
+@pytest.mark.parametrize("manifest", ['{"name": "a web page"}', '{"format": 1, "name": "x"}', "[]", "no JSON"])
+def test_other_manifests_are_not_packages(
+    engine_folder: Path, cpu: DeviceProfile, tmp_path: Path, manifest: str
+) -> None:
+    """Web projects have a manifest.json, too."""
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "manifest.json").write_text(manifest)
+    (project / "thesis.txt").write_text("three years")
+
+    with pytest.raises(PackageError):
+        build_engine(engine_folder, profile=cpu, precision="fp32", output=project)
+
+    assert "three years" == (project / "thesis.txt").read_text()
+
+
+@pytest.mark.parametrize("stray", ["thesis.txt", "notes/thesis.txt"])
+def test_strays_in_a_package_are_kept(engine_folder: Path, cpu: DeviceProfile, stray: str) -> None:
+    """Whatever lies in a package's folder without being of the package is named, and stays."""
+    package = build_engine(engine_folder, profile=cpu, precision="fp32")
+    (package.path / stray).parent.mkdir(exist_ok=True)
+    (package.path / stray).write_text("three years")
+
+    with pytest.raises(PackageError) as caught:
+        build_engine(engine_folder, profile=cpu, precision="fp32", force=True)
+
+    assert repr(stray.split("/")[0]) in caught.value.problem
+    assert (package.path / stray).is_file()
+
+
+def test_packages_of_another_format_are_overwritten(engine_folder: Path, cpu: DeviceProfile) -> None:
+    """This release may not read them, but knows them for packages, and building again is what its errors advise."""
+    package = build_engine(engine_folder, profile=cpu, precision="fp32")
+    manifest = json.loads((package.path / "manifest.json").read_text())
+    (package.path / "manifest.json").write_text(json.dumps(manifest | {"format": 2, "inputs": "otherwise"}))
+
+    assert 1 == build_engine(engine_folder, profile=cpu, precision="fp32").manifest.format
 
 
 @pytest.mark.parametrize(

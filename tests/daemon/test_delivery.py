@@ -8,15 +8,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edge_sdk.bench import in_process
+from edge_sdk.errors import DeadlineExceeded, NoAnswer
 from edge_sdk.mqtt.client import Client
 from edge_sdk.package import EnginePackage
 from edge_sdk.tasks.base import Payload
 from edge_sdk.tasks.oip import decode_response
 from tests.brokers import MOSQUITTO, Broker, running_mosquitto
 from tests.daemon.processes import DEVICE, running_daemon
+from tests.packages import make_package, misbehaving, scaling
 
 REQUESTS = 1_000
 
@@ -114,3 +117,31 @@ def test_restarting_the_broker_loses_no_request(
         ask_while(restart, client, pictures, expected, pace_s=0.01)
 
     assert restarts >= 2
+
+
+def test_a_request_that_hangs_holds_nobody_back(broker: Broker, tmp_path: Path) -> None:
+    """Acknowledgements go out in order; one request that never ends is answered 408 at its deadline, and the requests
+    behind it, more than a Receive Maximum of them, are all answered."""
+    orders = [{"do": "sleep", "seconds": 600.0, "when": 666.0}]
+    make_package(tmp_path / "engines" / "hanging", misbehaving(orders), name="hanging", backend="reference")
+    make_package(tmp_path / "engines" / "quick", scaling(2.0), name="quick")
+    row = np.ones((1, 4), np.float32)
+    with (
+        running_daemon(
+            tmp_path / "engines",
+            broker.url,
+            tmp_path,
+            ready=["hanging", "quick"],
+            device="patient",
+            broker__receive_maximum="8",
+            serving__inline_ms="0",  # a model that hangs on the network thread is for the watchdog to end
+        ),
+        Client(broker.url, device="patient", timeout_s=30) as client,
+    ):
+        hung = client.submit("hanging", {"x": row * 666}, timeout_s=2)
+        quick = [client.submit("quick", {"x": row}) for _ in range(100)]
+        answers = [future.result() for future in quick]
+        with pytest.raises((DeadlineExceeded, NoAnswer)):
+            hung.result()
+
+    assert 100 == len(answers)

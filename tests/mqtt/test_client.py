@@ -7,6 +7,7 @@ import concurrent.futures
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,15 @@ from edge_sdk.errors import (
     SettingsError,
     TooLarge,
 )
+from edge_sdk.mqtt import topics
 from edge_sdk.mqtt.client import Client
-from edge_sdk.mqtt.topics import Topics
-from edge_sdk.mqtt.transports.base import ConnectOptions, Message, MqttVersion
+from edge_sdk.mqtt.topics import InferTopic, Topics
+from edge_sdk.mqtt.transports.base import Acknowledged, ConnectOptions, Message, MqttVersion
 from edge_sdk.mqtt.transports.memory import MemoryBroker
 from edge_sdk.mqtt.transports.paho import PahoTransport
 from tests.brokers import MOSQUITTO, Broker, eventually, running_amqtt, running_mosquitto
 from tests.mqtt.responder import Reply, Responder, echo, error
+from tests.transports.conftest import Driver
 
 needs_mosquitto = pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
 pytestmark = needs_mosquitto
@@ -261,6 +264,25 @@ def test_a_lost_answer_is_asked_for_again(device: Device, client: Connect, monke
     assert 200 == answer.status
     assert [2] == list(dev.seen.values())
     assert 1 == ask.statistics.resent
+
+
+def test_two_clients_in_turn_under_one_id_get_their_own_answers(device: Device, client: Connect) -> None:
+    """A client that is restarted asks under keys of its own: a device that remembers the former one's answers by their
+    key, as ours does, computes anew."""
+    remembered: dict[tuple[str, bytes], list[bytes]] = {}
+
+    def remembering(message: Message, times: int) -> list[bytes]:
+        properties = message.properties
+        key = (properties.response_topic or message.topic, properties.correlation_data or b"")
+        return remembered.setdefault(key, echo(message, times))
+
+    dev = device(remembering)
+    sizes = []
+    for size in (1, 2):
+        with client(dev, client_id=f"{dev.topics.device}-fixed") as ask:
+            sizes.append(int(ask.infer("m", bytes(size)).outputs["size"][0]))
+
+    assert [1, 2] == sizes
 
 
 def test_many_threads_share_a_client(device: Device, client: Connect) -> None:
@@ -520,3 +542,60 @@ def test_topics_are_checked_before_anything_is_sent(device: Device, client: Conn
     with pytest.raises(SettingsError):
         ask.submit("m", b"x", device="a b")
     assert Topics("edge/v1", "a").infer("m")
+
+
+def test_a_foreign_message_harms_nobody(device: Device, client: Connect, version: MqttVersion) -> None:
+    """Whoever may publish may write on our topics: what is pending is answered all the same."""
+    go_on = threading.Event()
+    dev = device(lambda m, n: echo(m, n) if go_on.wait(10) else [])
+    ask = client(dev)
+    future = ask.submit("m", b"four")
+    mine = dev.topics.result(InferTopic("m", None, ask.client_id, "9" * 5_000))
+    if version == 5:
+        mine = topics.reply(topics.DEFAULT_ROOT, ask.client_id)
+    eventually(lambda: dev.requests != [], "the request is at the device")
+    stranger = Driver(PahoTransport(), replace(dev.options, client_id=f"{dev.topics.device}-stranger"))
+    stranger.open()
+    stranger.transport.publish(Message(mine, b"[" * 200_000))
+    stranger.next(Acknowledged)
+    stranger.transport.close()
+    eventually(lambda: ask.statistics.late == 1, "the client read the stranger's message")
+    go_on.set()
+
+    assert [4] == future.result(5).outputs["size"].tolist()
+
+
+def test_an_unreadable_answer_ends_its_own_request_only(client: Connect, device: Device) -> None:
+    """One that is pure nonsense where numbers belong, here: an index that is infinite."""
+    body = b'{"outputs": [], "predictions": [{"index": 1e999, "score": 1}]}'
+    dev = device(lambda m, n: [body] if m.payload == b"bad" else echo(m, n))
+    ask = client(dev)
+    bad, good = ask.submit("m", b"bad"), ask.submit("m", b"good")
+
+    with pytest.raises(NoAnswer, match="'m' cannot be read"):
+        bad.result(5)
+    assert [4] == good.result(5).outputs["size"].tolist()
+    assert [4] == ask.infer("m", b"more").outputs["size"].tolist()
+
+
+def test_a_request_that_mqtt_cannot_carry_ends_alone(device: Device, client: Connect, version: MqttVersion) -> None:
+    """What no property can hold is the caller's mistake; the others' requests go on."""
+    if version != 5:
+        pytest.skip("MQTT 3.1.1 has no properties")
+    ask = client(device())
+    bad, good = ask.submit("m", b"x", accept="x" * 70_000), ask.submit("m", b"four")
+
+    with pytest.raises(DataError, match="'m' cannot be sent"):
+        bad.result(5)
+    assert [4] == good.result(5).outputs["size"].tolist()
+
+
+def test_a_description_that_is_no_json_is_no_answer(device: Device, client: Connect) -> None:
+    dev = device()
+    dev.transport.publish(Message(dev.topics.info, b"not json", retain=True))
+    dev.transport.wake()
+    ask = client(dev)
+    ask.infer("m", b"x")
+
+    with pytest.raises(NoAnswer, match="b'not json'"):
+        ask.info()

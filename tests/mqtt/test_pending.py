@@ -12,7 +12,7 @@ from edge_sdk.mqtt.pending import FIRST_RESEND_S, SETTLE_S, Fail, PendingRequest
 
 def table(window: int = 64, **more: object) -> PendingRequests:
     """A connected table whose jitter adds nothing."""
-    pending = PendingRequests(chance=lambda: 0.5, **more)  # type: ignore[arg-type]
+    pending = PendingRequests(**{"chance": lambda: 0.5, "first_key": 1, **more})  # type: ignore[arg-type]
     pending.subscribed_to_availability(-SETTLE_S)
     pending.connected(window)
     return pending
@@ -41,6 +41,15 @@ def test_the_window_is_kept() -> None:
     second, _ = perform(pending, 0)
 
     assert (requests[:2], [], requests[2:3]) == (first, nothing, second)
+
+
+def test_each_table_has_keys_of_its_own() -> None:
+    """Two clients in turn under one name do not ask under the same keys; a key, and many after it, fits 8 bytes."""
+    first, second = (PendingRequests().add("dev", "m", deadline=1, now=0).key for _ in range(2))
+    keys = [pending.add("dev", "m", deadline=1, now=0).key for pending in [table(first_key=2**62 - 1)] for _ in "ab"]
+
+    assert first != second
+    assert [2**62 - 1, 2**62] == keys
 
 
 def test_an_unanswered_request_is_sent_again_ever_more_rarely() -> None:

@@ -429,7 +429,8 @@ class AnySequence(RuleBasedStateMachine):
             else:
                 event, ticket = self.ledger.pop(0)
                 self.undelivered.pop(0)
-                assert event is action.received
+                assert event.packet_id == action.received.packet_id
+                assert not action.received.message.payload  # what waits for its turn holds no payload
                 assert event.connection == self.connection
                 assert ticket in self.silent or self.taken.count(self.answer_of[ticket]) > self.taken_before.get(
                     ticket, 0

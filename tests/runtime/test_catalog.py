@@ -10,7 +10,7 @@ import pytest
 
 from edge_sdk.package import MANIFEST
 from edge_sdk.profiles import Machine
-from edge_sdk.runtime.catalog import changes, newest_first, scan
+from edge_sdk.runtime.catalog import newest_first, scan, to_load
 from tests.packages import ARCHITECTURE, PROFILE, make_package, profile, scaling
 
 HERE = dataclasses.replace(Machine.read(), architecture=ARCHITECTURE)
@@ -63,16 +63,15 @@ def test_a_broken_package_is_an_entry_with_its_reason(tmp_path: Path, layout: st
 
 
 def test_changes_are_told_by_digest(tmp_path: Path) -> None:
-    """New and altered packages are to be loaded, the same one is left alone, and what is gone is dropped."""
+    """New and altered packages are to be loaded, the same one is left alone."""
     same, altered = make_package(tmp_path / "same", scaling()), make_package(tmp_path / "altered", scaling())
-    served = {("same", "1"): same.digest, ("altered", "1"): altered.digest, ("gone", "1"): "digest"}
+    served = {("same", "1"): same.digest, ("altered", "1"): altered.digest}
     make_package(tmp_path / "same", scaling())
     make_package(tmp_path / "altered", scaling(3.0))
     make_package(tmp_path / "new", scaling())
-    todo = changes(served, scan(tmp_path, HERE, None))
+    todo = to_load(served, scan(tmp_path, HERE, None))
 
-    assert {"altered", "new"} == {entry.model for entry in todo.load}
-    assert (("gone", "1"),) == todo.drop
+    assert {"altered", "new"} == {entry.model for entry in todo}
 
 
 def test_newest_first() -> None:

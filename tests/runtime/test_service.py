@@ -287,7 +287,7 @@ def test_what_waited_too_long_is_not_computed(open_site: Callable[..., Site], do
     (model,) = site.service.models()
 
     assert {late.ticket: 408, timely.ticket: 200} == {answer.ticket: answer.status for answer in site.answers}
-    assert 1 == model.statistics.rows
+    assert 1 == model.statistics.batched
 
 
 def test_a_slow_model_holds_up_nobody(open_site: Callable[..., Site], double: Path) -> None:

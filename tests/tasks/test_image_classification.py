@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -160,3 +162,29 @@ def test_a_model_that_is_no_image_classifier_is_refused() -> None:
         task_for("image-classification", inputs=(IMAGE,), **common)  # type: ignore[arg-type]
 
     assert TensorTask is type(task_for("tensors", inputs=(IMAGE,), **common))  # type: ignore[arg-type]
+
+
+def test_without_pillow_a_model_for_photos_does_not_load() -> None:
+    """The task is refused when it is made, with what to install; a model of plain tensors does without Pillow."""
+    program = """
+import sys
+sys.modules["PIL"] = None  # as if it were not installed
+from edge_sdk.errors import BackendUnavailable
+from edge_sdk.spec import Preprocess
+from edge_sdk.tasks.registry import task_for
+from edge_sdk.tensors import TensorSpec
+
+model = dict(
+    name="colors", version="1", preprocess=Preprocess(resize=(8, 8)),
+    inputs=(TensorSpec("image", "float32", (1, 3, 8, 8)),), outputs=(TensorSpec("scores", "float32", (1, 3)),),
+)
+task_for("tensors", **model)
+try:
+    task_for("image-classification", **model)
+except BackendUnavailable as exc:
+    print(exc)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert "Pillow cannot be imported" in done.stdout
+    assert "pip install 'edge-sdk[vision]'" in done.stdout

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import random
 import struct
+import subprocess
+import sys
 import time
 import tracemalloc
 import zlib
@@ -121,6 +123,80 @@ def test_the_middle_is_the_middle() -> None:
     cropped = pixels_of(encoded(pixels, "PNG"), Preprocess(resize=(48, 64), center_crop=16))
 
     assert pixels[16:32, 24:40].tolist() == cropped.tolist()
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
+@pytest.mark.parametrize(
+    ("size", "resizing"),
+    [
+        ((640, 427), {"resize_short_side": 256}),
+        ((427, 641), {"resize_short_side": 97}),
+        ((100, 75), {"resize_short_side": 231}),
+        ((300, 200), {"resize": (91, 120)}),
+        ((60, 40), {"resize": (60, 300)}),
+    ],
+    ids=["photo", "upright", "enlarged", "as given", "crop wider than the picture"],
+)
+def test_only_what_is_cropped_is_resized(size: tuple[int, int], resizing: dict[str, Any], interpolation: str) -> None:
+    """Resizing the part that is kept gives what resizing everything and then cropping gives, to a rounding."""
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    preprocess = Preprocess.model_validate({**resizing, "center_crop": 80, "interpolation": interpolation})
+    scale = preprocess.resize_short_side / min(size) if preprocess.resize_short_side else 0
+    target = (round(size[0] * scale), round(size[1] * scale)) if scale else tuple(reversed(preprocess.resize or ()))
+    whole = Image.fromarray(pixels).resize(target, Image.Resampling[interpolation.upper()])
+    left, top = (target[0] - 80) // 2, (target[1] - 80) // 2
+    expected = np.asarray(whole.crop((left, top, left + 80, top + 80))).astype(int)
+    actual = pixels_of(encoded(pixels, "PNG"), preprocess).astype(int)
+
+    if interpolation == "nearest":  # where a pixel's middle falls on a border of two, either is nearest
+        assert np.mean(actual != expected) < 0.02
+    else:
+        assert np.abs(actual - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "preprocess"),
+    [
+        (1, 90, Preprocess(resize_short_side=1024, center_crop=224)),
+        (90, 1, Preprocess(resize_short_side=1024, center_crop=224)),
+        (2, 180, Preprocess(resize_short_side=256)),
+    ],
+    ids=["column", "row", "not cropped"],
+)
+def test_a_strip_costs_what_is_kept_of_it(width: int, height: int, preprocess: Preprocess) -> None:
+    """A picture of a hundred bytes, long and thin, is not blown up to millions of pixels on its way to a small one."""
+    before = peak_memory_bytes(Preprocess(resize_short_side=224, center_crop=224), png_bomb(8, 8))
+    after = peak_memory_bytes(preprocess, png_bomb(width, height))
+
+    assert after - before < 120_000_000
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "preprocess"),
+    [
+        (10, 4_900_000, Preprocess(resize=(224, 224))),
+        (1, 101, Preprocess(resize_short_side=256)),
+        (1900, 1, Preprocess(resize_short_side=256, center_crop=224)),
+    ],
+    ids=["tall", "strip", "cropped strip"],
+)
+def test_a_shape_no_photo_has_is_refused(width: int, height: int, preprocess: Preprocess) -> None:
+    """413 before a pixel is decoded, where resizing would cost more than any photo does."""
+    started = time.process_time()
+    with pytest.raises(TooLarge, match=f"{width} x {height}"):
+        decode_image(png_claiming(width, height), preprocess)
+
+    assert time.process_time() - started < 0.1
+
+
+def peak_memory_bytes(preprocess: Preprocess, data: bytes) -> int:
+    """The most memory a process ever has that decodes one picture; Pillow's own memory is in it."""
+    program = (
+        "import resource, sys; from edge_sdk.spec import Preprocess; from edge_sdk.tasks.images import decode_image\n"
+        f"decode_image({data!r}, Preprocess.model_validate({preprocess.model_dump()!r}))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    return int(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
