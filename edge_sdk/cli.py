@@ -243,12 +243,15 @@ def build_engine(
       edge-sdk build-engine engines/digits
       edge-sdk build-engine model.onnx --precision int8 --calibration samples.npz
     """
+    from edge_sdk.backends.registry import usable_profile
     from edge_sdk.compile.pipeline import build
+    from edge_sdk.profiles import Machine
 
+    chosen, why = (profile, "as asked") if profile is not None else usable_profile(Machine.read())
     with console.Progress(quiet=as_json) as progress:
         built = build(
             source,
-            profile=profile,
+            profile=chosen,
             precision=precision,  # type: ignore[arg-type]  # click.Choice has checked it
             calibration=calibration,
             samples=samples,
@@ -264,6 +267,7 @@ def build_engine(
         return
     click.echo(f"{package}: {'unchanged, nothing to do' if built.unchanged else 'built'}")
     click.echo(f"package:  {package.path}")
+    click.echo(f"profile:  {manifest.profile} ({why})")
     if manifest.measurements is not None:
         click.echo(f"decision: {manifest.measurements.decision}")
         click.echo("\n" + _measurements_table(package))
@@ -303,7 +307,7 @@ def evaluate(package: Path, data: str, against: Path | None, samples: int | None
     Example:
       edge-sdk evaluate engines/digits/build/cpu-x86 --data engines/digits/heldout
     """
-    from edge_sdk.compile.verify import evaluate as evaluate_package
+    from edge_sdk.compile.evaluate import evaluate as evaluate_package
     from edge_sdk.package import EnginePackage
 
     with console.Progress(quiet=as_json) as progress:

@@ -27,6 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from edge_sdk.backends.registry import usable_profile
 from edge_sdk.errors import (
     DeadlineExceeded,
     EdgeSdkError,
@@ -60,7 +61,7 @@ from edge_sdk.mqtt.transports.base import (
 )
 from edge_sdk.mqtt.transports.packets import publish_size
 from edge_sdk.notify import Notifier, watchdog_interval_s
-from edge_sdk.profiles import DeviceProfile, Machine, detect, load_profile, load_profiles
+from edge_sdk.profiles import DeviceProfile, Machine, load_profile
 from edge_sdk.runtime.batching import QueueLimits
 from edge_sdk.runtime.messages import Answer
 from edge_sdk.runtime.served import ServedModel
@@ -499,7 +500,7 @@ def _preferred_profile(settings: Settings, machine: Machine) -> DeviceProfile | 
     if settings.serving.profile is not None:
         return load_profile(settings.serving.profile)
     try:
-        return detect(machine, load_profiles())[0]
+        return usable_profile(machine)[0]
     except ProfileError:
         return None
 

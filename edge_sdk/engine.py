@@ -12,7 +12,7 @@ import numpy as np
 from edge_sdk.backends.base import Engine
 from edge_sdk.backends.registry import load_engine as load_with_backend
 from edge_sdk.package import EnginePackage
-from edge_sdk.tensors import Outputs, TensorSpec, check_feeds
+from edge_sdk.tensors import Array, Outputs, TensorSpec, check_feeds
 
 
 class LoadedEngine:
@@ -39,10 +39,10 @@ class LoadedEngine:
     def infer(self, feeds: Mapping[str, Any]) -> Outputs:
         """Every output, by name, from one array per input. The arrays given back are the caller's to keep.
 
-        Shapes and dtypes are those of `inputs`; an axis with a name may have any size. Raises InvalidTensor if an array
-        does not fit, EngineFailed if the runtime fails, OutOfMemory if it ran out of memory.
+        Shapes and dtypes are those of `inputs`, in either byte order; an axis with a name may have any size. Raises
+        InvalidTensor if an array does not fit, EngineFailed if the runtime fails, OutOfMemory if it ran out of memory.
         """
-        arrays = {name: np.asarray(array, order="C") for name, array in feeds.items()}
+        arrays = {name: _native(np.asarray(array, order="C")) for name, array in feeds.items()}
         check_feeds(arrays, self.inputs)
         return self._engine.infer(arrays)
 
@@ -69,4 +69,10 @@ def load_engine(package: EnginePackage | str | os.PathLike[str]) -> LoadedEngine
     BackendUnavailable if the runtime it needs is not installed, EngineFailed if the runtime refuses it.
     """
     opened = package if isinstance(package, EnginePackage) else EnginePackage.open(package)
+    opened.verify()
     return LoadedEngine(opened, load_with_backend(opened))
+
+
+def _native(array: Array) -> Array:
+    """Runtimes are given an address, and take what lies there for numbers in this machine's byte order."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)

@@ -122,7 +122,8 @@ class RequestError(EdgeSdkError):
     """What is wrong with one request, as it goes over the wire.
 
     `status` and `code` are the wire contract's; `retryable` tells a client whether the same bytes may succeed later
-    (each class has its usual answer); `retry_after_ms` when. The text never holds a path, an address or a stack trace: it goes to strangers.
+    (each class has its usual answer); `retry_after_ms` when. The text never holds a path, an address or a stack trace:
+    it goes to strangers.
     """
 
     exit_code = 6

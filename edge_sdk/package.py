@@ -30,8 +30,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from edge_sdk.errors import PackageError
-from edge_sdk.profiles import DeviceProfile, Machine, Precision, load_profile
+from edge_sdk.errors import PackageError, ProfileError
+from edge_sdk.profiles import DeviceProfile, Machine, Precision, fitting_conditions, lacking_cpu_flags, load_profile
 from edge_sdk.spec import NAME, Postprocess, Preprocess, TaskName
 from edge_sdk.tensors import TensorSpec
 from edge_sdk.toml import describe
@@ -133,7 +133,7 @@ class Manifest(Record):
     postprocess: Postprocess = Postprocess()
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    profile: str
+    profile: str = Field(pattern=r"^[a-z0-9-]{1,64}$")
     architecture: str
     precision: Precision
     batching: BatchingRecord
@@ -241,14 +241,42 @@ class EnginePackage:
             ) from exc
 
     def mismatches(self, machine: Machine) -> tuple[str, ...]:
-        """Every way in which the package does not fit `machine`; empty if it does. Backends are not asked here."""
-        reasons = []
+        """Every reason why the package cannot be used on `machine`; empty if it can. Backends are not asked here.
+
+        Another architecture is one. Missing CPU flags are one for INT8: a scheme for VNNI saturates without it, and
+        gives other results than were judged. Neither needs the GPU's driver.
+        """
         if self.manifest.architecture != machine.architecture:
-            reasons.append(
+            return (
                 f"it was built for {self.manifest.architecture} (profile {self.manifest.profile}), "
-                f"this machine is {machine.architecture}"
+                f"this machine is {machine.architecture}",
             )
-        return tuple(reasons)
+        profile = self._profile_if_sound() if self.manifest.precision == "int8" else None
+        if profile is not None and (lacking := lacking_cpu_flags(machine, profile)):
+            return (
+                f"its INT8 was made for {profile.title}, this machine's CPU has no {lacking}, "
+                "and could compute other results",
+            )
+        return ()
+
+    def notes(self, machine: Machine) -> tuple[str, ...]:
+        """What to know of a package that can be used on `machine`; empty if there is nothing, or it cannot be used."""
+        if self.mismatches(machine):
+            return ()
+        notes = []
+        profile = self._profile_if_sound()
+        if profile is not None and fitting_conditions(machine, profile) is None:
+            notes.append(f"it was built for {profile.title}: it works here, but was not measured for this machine")
+        if self.manifest.backend.missing:
+            notes.append(self.manifest.backend.missing)
+        return tuple(notes)
+
+    def _profile_if_sound(self) -> DeviceProfile | None:
+        """The profile, or None where it is altered or unknown: which is said when the package is loaded."""
+        try:
+            return self.profile()
+        except (PackageError, ProfileError):
+            return None
 
     def __str__(self) -> str:
         m = self.manifest
@@ -269,6 +297,8 @@ def _visible(file: Path, folder: Path) -> bool:
 def writing(target: Path) -> Iterator[Path]:
     """A fresh directory to fill, which takes the place of `target` when the block ends well and vanishes otherwise.
 
+    Raises PackageError if it cannot be written, to its end and in its place: what was there before is there still.
+
     >>> with writing(Path("build/cpu-x86")) as folder:
     ...     (folder / "graph.onnx").write_bytes(graph)
     ...     seal(folder, manifest)
@@ -285,6 +315,11 @@ def writing(target: Path) -> Iterator[Path]:
         yield staged
         _sync(staged)
         _take_place(staged, target)
+    except OSError as exc:
+        raise PackageError(
+            f"The package {target} could not be written: {exc.strerror or exc}.",
+            fix="Free some space, or give another place with --output.",
+        ) from exc
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -322,7 +357,11 @@ def _take_place(staged: Path, target: Path) -> None:
     elif not _exchange(staged, target):
         aside = staged.with_name(staged.name + ".old")
         target.rename(aside)
-        staged.rename(target)
+        try:
+            staged.rename(target)
+        except BaseException:
+            aside.rename(target)
+            raise
         shutil.rmtree(aside, ignore_errors=True)
     _sync_directory(target.parent)
 

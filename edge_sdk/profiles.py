@@ -121,21 +121,34 @@ class Machine:
 
     @classmethod
     def read(cls) -> Machine:
-        """This computer, from /proc, /sys and nvidia-smi; whatever cannot be read is left empty."""
+        """This computer, from /proc, /sys and nvidia-smi; whatever cannot be read is left empty.
+
+        The GPU's driver is asked when `gpus` is first looked at: that may take seconds, and most readers do not look.
+        """
         cpuinfo = _text("/proc/cpuinfo")
         flags = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
-        return cls(
+        here = _ThisMachine(
             architecture={"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine()),
             cpu_flags=frozenset(flags.group(1).split()) if flags else frozenset(),
             physical_cores=physical_cores(),
             memory_bytes=_memory_bytes(),
             device_tree=_text("/proc/device-tree/model").rstrip("\0"),
-            gpus=_gpus(),
+            gpus=(),
         )
+        del here.__dict__["gpus"]  # so that the cached property is looked at instead
+        return here
 
     @cached_property
     def has_vnni(self) -> bool:
         return bool(self.cpu_flags & {"avx512_vnni", "avx_vnni"})
+
+
+class _ThisMachine(Machine):
+    """A Machine whose `gpus` are found out when somebody asks."""
+
+    @cached_property
+    def gpus(self) -> tuple[str, ...]:
+        return _gpus()
 
 
 def load_profile(name_or_path: str) -> DeviceProfile:
@@ -185,15 +198,10 @@ def fitting_conditions(machine: Machine, profile: DeviceProfile) -> list[str] | 
     if machine.architecture != profile.architecture:
         return None
     reasons = [f"the machine is {machine.architecture}"]
-    if profile.match.cpu_flags:
-        if not set(profile.match.cpu_flags) <= machine.cpu_flags:
-            return None
-        reasons += [f"its CPU has {flag}" for flag in profile.match.cpu_flags]
-    if profile.match.any_cpu_flags:
-        found = [flag for flag in profile.match.any_cpu_flags if flag in machine.cpu_flags]
-        if not found:
-            return None
-        reasons.append(f"its CPU has {found[0]}")
+    if lacking_cpu_flags(machine, profile):
+        return None
+    reasons += [f"its CPU has {flag}" for flag in profile.match.cpu_flags]
+    reasons += [f"its CPU has {flag}" for flag in profile.match.any_cpu_flags if flag in machine.cpu_flags][:1]
     if profile.match.device_tree is not None:
         if not re.search(profile.match.device_tree, machine.device_tree):
             return None
@@ -204,6 +212,15 @@ def fitting_conditions(machine: Machine, profile: DeviceProfile) -> list[str] | 
             return None
         reasons.append(f"its GPU is {gpu!r}")
     return reasons
+
+
+def lacking_cpu_flags(machine: Machine, profile: DeviceProfile) -> str:
+    """The CPU flags that `profile` is made for and `machine` has not, in words; empty if it has what it takes."""
+    lacking = [flag for flag in profile.match.cpu_flags if flag not in machine.cpu_flags]
+    alternatives = profile.match.any_cpu_flags
+    if alternatives and machine.cpu_flags.isdisjoint(alternatives):
+        lacking.append(" or ".join(alternatives))
+    return ", ".join(lacking)
 
 
 def physical_cores() -> int:

@@ -102,7 +102,7 @@ def element_count(shape: Sequence[int]) -> int:
     count = 1
     for axis in shape:
         if axis < 0:
-            raise InvalidTensor(f"The shape {list(shape)} has a negative axis; a request gives every size.")
+            raise InvalidTensor(f"The shape {_short(shape)} has a negative axis; a request gives every size.")
         count *= max(1, axis)  # numpy counts the other axes of an empty array too
         if count > MAX_ELEMENTS:
             raise InvalidTensor(f"The shape {_short(shape)} has more than {MAX_ELEMENTS:,} elements.")
@@ -185,4 +185,6 @@ def _listed(names: set[str]) -> str:
 
 
 def _short(shape: Sequence[int]) -> str:
-    return str(list(shape)) if len(shape) <= 8 else f"[{', '.join(map(str, shape[:8]))}, ...]"
+    """A shape in an error that may go to whoever sent it: neither many axes nor many digits."""
+    axes = [text if len(text) <= 20 else f"{text[:20]}..." for text in map(str, shape[:8])]
+    return f"[{', '.join(axes)}{', ...' if len(shape) > 8 else ''}]"

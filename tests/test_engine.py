@@ -11,7 +11,7 @@ import pytest
 import edge_sdk
 from edge_sdk.backends import registry
 from edge_sdk.errors import BackendUnavailable, EngineFailed, InvalidTensor, PackageError, PackageMismatch
-from edge_sdk.package import GRAPH, EnginePackage
+from edge_sdk.package import GRAPH, LABELS, EnginePackage
 from edge_sdk.profiles import Machine
 from edge_sdk.tensors import TensorSpec
 from tests.packages import BACKEND, make_package, profile, scaling, two_inputs
@@ -55,6 +55,15 @@ def test_lists_are_arrays_too(tmp_path: Path) -> None:
             engine.infer({"a": a})
 
 
+@pytest.mark.parametrize("order", "<>=")
+def test_either_byte_order_is_taken(doubling: EnginePackage, order: str) -> None:
+    """An array read from a big-endian file holds the same numbers, and gives the same results."""
+    given = np.array([[1, 2, 3, 4]], f"{order}f4")
+    with edge_sdk.load_engine(doubling) as engine:
+        assert [[2, 4, 6, 8]] == engine.infer({"x": given})["y"].tolist()
+    assert [[1, 2, 3, 4]] == given.tolist()
+
+
 def test_a_package_for_another_machine_is_refused(doubling: EnginePackage) -> None:
     """PackageMismatch carries every reason, for a program to read."""
     other = dataclasses.replace(Machine.read(), architecture="riscv64")
@@ -64,9 +73,24 @@ def test_a_package_for_another_machine_is_refused(doubling: EnginePackage) -> No
     assert doubling.mismatches(other) == caught.value.reasons
 
 
-def test_an_altered_graph_is_not_loaded(doubling: EnginePackage) -> None:
-    """The digest is checked on the bytes that are loaded."""
-    (doubling.path / GRAPH).write_bytes(scaling(3.0).SerializeToString())
+def test_loading_starts_no_other_program(
+    doubling: EnginePackage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a package fits is known without asking the GPU's driver."""
+    tool, asked = tmp_path / "nvidia-smi", tmp_path / "asked"
+    tool.write_text(f"#!/bin/sh\necho asked > {asked}\n", encoding="utf-8")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    edge_sdk.load_engine(doubling).close()
+
+    assert not asked.exists()
+
+
+@pytest.mark.parametrize("name", [GRAPH, LABELS])
+def test_an_altered_package_is_not_loaded(tmp_path: Path, name: str) -> None:
+    """Every file's digest is checked, also of those that loading does not need."""
+    doubling = make_package(tmp_path / "double", scaling(2.0), labels=("a", "b"))
+    (doubling.path / name).write_bytes(scaling(3.0).SerializeToString())
     with pytest.raises(PackageError, match="altered"):
         edge_sdk.load_engine(doubling)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,18 @@ import pytest
 
 from edge_sdk import build_engine, load_engine
 from edge_sdk.errors import PackageError
-from edge_sdk.package import GRAPH, LABELS, MANIFEST, EnginePackage, package_folders, writing
+from edge_sdk.package import (
+    GRAPH,
+    LABELS,
+    MANIFEST,
+    BackendRecord,
+    EnginePackage,
+    _take_place,
+    package_folders,
+    seal,
+    writing,
+)  # fmt: skip
+from edge_sdk.package import PROFILE as PROFILE_FILE
 from edge_sdk.profiles import Machine, load_profile
 from tests.packages import ARCHITECTURE, PROFILE, make_package, scaling
 
@@ -132,6 +145,38 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         pass
 
 
+def test_a_full_disk_is_named(package: EnginePackage) -> None:
+    """A file that cannot be written to its end is a PackageError with the way out; the old package stays."""
+    program = f"""
+import resource
+from pathlib import Path
+from edge_sdk.errors import PackageError
+from edge_sdk.package import writing
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    with writing(Path({str(package.path)!r})) as folder:
+        (folder / "graph.onnx").write_bytes(bytes(8192))
+except PackageError as exc:
+    print(exc)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert f"The package {package.path} could not be written: File too large." in done.stdout
+    assert "Free some space, or give another place with --output." in done.stdout
+    assert [package.path] == list(package.path.parent.iterdir())
+    EnginePackage.open(package.path).verify()
+
+
+def test_the_old_package_comes_back(package: EnginePackage) -> None:
+    """Where two names cannot be exchanged, and the second of two renames fails, the first is undone."""
+    with pytest.raises(OSError, match="No such file"):
+        _take_place(package.path.with_name("vanished"), package.path)
+
+    assert [package.path] == list(package.path.parent.iterdir())
+    EnginePackage.open(package.path).verify()
+
+
 def test_replacing_a_package_is_one_step_for_a_reader(tmp_path: Path) -> None:
     """While one thread replaces a package, a reader finds one at every moment, old or new, and never a mixture.
 
@@ -172,6 +217,80 @@ def test_mismatches_are_reasons(package: EnginePackage) -> None:
 
     assert () == package.mismatches(here)
     assert [True] == [ARCHITECTURE in reason and "riscv64" in reason for reason in package.mismatches(elsewhere)]
+
+
+@pytest.mark.parametrize(
+    ("profile", "precision", "machine", "reason"),
+    [
+        ("cpu-x86", "int8", ("x86_64", "avx2"), "avx512_vnni or avx_vnni"),
+        ("cpu-x86-avx2", "int8", ("x86_64", "sse4_2"), "avx2"),
+        ("cpu-x86", "int8", ("x86_64", "avx2", "avx_vnni"), None),
+        ("cpu-x86", "fp32", ("x86_64", "avx2"), None),
+        ("raspberry-pi-5", "int8", ("aarch64",), None),
+        ("raspberry-pi-5", "int8", ("x86_64",), "aarch64"),
+        ("datacenter-h100", "int8", ("x86_64", "avx2"), None),
+    ],
+)
+def test_int8_needs_the_instructions_it_was_made_for(
+    tmp_path: Path, profile: str, precision: str, machine: tuple[str, ...], reason: str | None
+) -> None:
+    """Where 8-bit products would saturate, a package does not fit; one that merely runs as well as any other does."""
+    reasons = built_for(tmp_path, profile, precision).mismatches(machine_with(*machine))
+
+    assert (reason is None) is (reasons == ())
+    assert reason is None or reason in reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("profile", "machine", "notes"),
+    [
+        ("cpu-x86", ("x86_64", "avx2", "avx_vnni"), []),
+        ("cpu-x86", ("x86_64", "avx2"), ["not measured for"]),
+        ("raspberry-pi-5", ("aarch64",), ["not measured for"]),
+        ("datacenter-h100", ("x86_64", "avx2"), ["not measured for"]),
+        ("raspberry-pi-5", ("x86_64",), []),  # there is more to say than a note: it does not fit
+    ],
+)
+def test_notes_are_no_reasons(tmp_path: Path, profile: str, machine: tuple[str, ...], notes: list[str]) -> None:
+    """A package for another device works here; that its figures are not this machine's is said apart."""
+    found = built_for(tmp_path, profile, "fp32").notes(machine_with(*machine))
+
+    assert len(notes) == len(found)
+    assert all(note in text and load_profile(profile).title in text for note, text in zip(notes, found))
+
+
+def test_a_missing_engine_file_is_a_note(tmp_path: Path) -> None:
+    """A package without the engine its profile prefers says so, with the reason its manifest gives."""
+    backend = BackendRecord(name="onnxruntime", missing="tensorrt is not installed")
+    package = make_package(tmp_path / "double", scaling())
+    package = dataclasses.replace(package, manifest=package.manifest.model_copy(update={"backend": backend}))
+
+    assert "tensorrt is not installed" in package.notes(machine_with(ARCHITECTURE, "avx_vnni"))[0]
+
+
+def test_a_broken_profile_is_no_reason(tmp_path: Path) -> None:
+    """Whether a package fits can be asked of any package; that its profile is altered is said when it is loaded."""
+    package = built_for(tmp_path, "cpu-x86", "int8")
+    (package.path / PROFILE_FILE).write_bytes(b"altered")
+
+    assert () == package.mismatches(machine_with("x86_64"))
+    assert () == package.notes(machine_with("x86_64"))
+    with pytest.raises(PackageError, match="altered"):
+        package.verify()
+
+
+def built_for(folder: Path, profile: str, precision: str) -> EnginePackage:
+    described = load_profile(profile)
+    made = make_package(
+        folder / "double", scaling(), profile=profile, architecture=described.architecture, precision=precision
+    )
+    (made.path / PROFILE_FILE).write_text(described.model_dump_json(), encoding="utf-8")
+    seal(made.path, made.manifest)
+    return EnginePackage.open(made.path)
+
+
+def machine_with(architecture: str, *flags: str) -> Machine:
+    return Machine(architecture, frozenset(flags), 4, 8 << 30, "", ())
 
 
 @pytest.mark.parametrize("layout", ["", "double", "double/1", "double/build/cpu-x86"])

@@ -110,6 +110,19 @@ def test_a_profile_of_your_own(tmp_path: Path) -> None:
         load_profile(str(own))
 
 
+def test_the_driver_is_asked_once_and_only_if_need_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a machine starts no nvidia-smi, which may take seconds; asking for its GPUs starts one."""
+    tool, asked = tmp_path / "nvidia-smi", tmp_path / "asked"
+    tool.write_text(f"#!/bin/sh\necho asked >> {asked}\necho NVIDIA H100 PCIe\n", encoding="utf-8")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = Machine.read()
+
+    assert not asked.exists()
+    assert ("NVIDIA H100 PCIe",) == found.gpus == found.gpus
+    assert "asked\n" == asked.read_text(encoding="utf-8")
+
+
 def test_this_machine_can_be_read() -> None:
     """Reading a machine raises nothing and finds at least one core."""
     found = Machine.read()

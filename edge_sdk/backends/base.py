@@ -26,7 +26,6 @@ from edge_sdk.package import EnginePackage
 from edge_sdk.profiles import DeviceProfile
 from edge_sdk.tensors import Array, Outputs, TensorSpec
 
-
 UNKNOWN_VERSION = "of unknown version"
 
 

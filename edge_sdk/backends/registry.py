@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from edge_sdk.errors import BackendUnavailable, PackageError, PackageMismatch
 from edge_sdk.package import EnginePackage
-from edge_sdk.profiles import DeviceProfile, Machine
+from edge_sdk.profiles import DeviceProfile, Machine, detect, load_profiles
 from edge_sdk.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -51,6 +51,27 @@ def backend_for(profile: DeviceProfile) -> Backend:
     raise BackendUnavailable(
         f"Nothing here can run an engine for profile {profile.name}. {' '.join(lacking)}", fix=" ".join(fixes)
     )
+
+
+def usable_profile(machine: Machine) -> tuple[DeviceProfile, str]:
+    """The profile for engines that are to run on `machine`, and why: the best-fitting one whose preferred backend can.
+
+    A computer with an RTX card fits that card's profile, but without TensorRT a graph quantised for TensorRT would run
+    on its CPU, slower than in FP32. ProfileError if none fits.
+    """
+    profiles = load_profiles()
+    fitting, why = detect(machine, profiles)
+    if _can_run(fitting):
+        return fitting, why
+    usable, why = detect(machine, [profile for profile in profiles if _can_run(profile)])
+    return usable, f"{why} The profile {fitting.name} fits better, but {fitting.backends[0]} is not to be had here."
+
+
+def _can_run(profile: DeviceProfile) -> bool:
+    try:
+        return bool(backend(profile.backends[0]).availability())
+    except BackendUnavailable:
+        return False
 
 
 def load_engine(package: EnginePackage, machine: Machine | None = None) -> Engine:

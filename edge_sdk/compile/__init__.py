@@ -7,5 +7,6 @@ calibrate    one walk over the samples -> statistics of every tensor that will b
 quantize     graph + ranges -> Q/DQ graph, in the device's own scheme
 widths       FP16 and FP32 graphs from one another
 verify       is it right, is it faster
+evaluate     the same of a finished package, on other data
 report       the figures, for a program and for a person
 """

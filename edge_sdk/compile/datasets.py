@@ -292,9 +292,19 @@ class _ArrayFile(Samples):
                 with ExitStack() as stack:
                     archive = stack.enter_context(zipfile.ZipFile(self._file))
                     names = archive.namelist()
-                    yield {name.removesuffix(".npy"): stack.enter_context(archive.open(name)) for name in names}
+                    yield {name.removesuffix(".npy"): stack.enter_context(_member(archive, name)) for name in names}
         except (OSError, zipfile.BadZipFile, EOFError, zlib.error) as exc:
             raise DataError(f"{self._file} cannot be read: {exc}.", fix="Save it again with numpy.savez.") from exc
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    try:
+        return archive.open(name)
+    except RuntimeError as exc:  # encrypted; as NotImplementedError also compressed in a way that Python does not know
+        raise DataError(
+            f"{archive.filename}:{name} cannot be read: it is encrypted, or compressed in a way that is unknown here.",
+            fix="Save it again with numpy.savez.",
+        ) from exc
 
 
 class _Rows:
@@ -421,10 +431,9 @@ def _forget(names: set[str], folder: Path) -> None:
     """
     for name in names:
         top = name.partition(".")[0]
-        if (folder / f"{top}.py").is_file() or (folder / top / "__init__.py").is_file():
-            file = getattr(sys.modules[name], "__file__", None)
-            if file is not None and Path(file).resolve().is_relative_to(folder):
-                del sys.modules[name]
+        file = Path(getattr(sys.modules[name], "__file__", None) or "/").resolve()
+        if file == folder / f"{top}.py" or file.is_relative_to(folder / top):
+            del sys.modules[name]
 
 
 # Fitting samples to the model

@@ -113,11 +113,12 @@ def read_model(path: Path) -> ModelProto:
     try:
         model.ParseFromString(raw)
     except Exception as exc:  # protobuf's DecodeError, and UnicodeDecodeError for names that are not text
-        raise _not_onnx(path, raw, f"the protobuf in it cannot be read ({_first_line(exc)})") from exc
+        raise _not_onnx(path, raw, f"the protobuf in it cannot be read ({first_line(exc)})") from exc
     if not model.HasField("graph"):
         raise _not_onnx(path, raw, "it holds no graph")
     try:
         _embed_external_data(model, path)
+        _check_nothing_is_outside(model)
         _check_claims(model)
         onnx.checker.check_model(model)
         summarize(model, path.name)
@@ -125,7 +126,7 @@ def read_model(path: Path) -> ModelProto:
         raise
     except Exception as exc:  # flipped bits reach every layer below: protobuf, numpy, the checker
         raise ModelError(
-            f"{path} is not a sound ONNX model: {_first_line(exc)}.",
+            f"{path} is not a sound ONNX model: {first_line(exc)}.",
             fix="Export it again; if it was copied, compare the copy with the original.",
         ) from exc
     return model
@@ -269,7 +270,8 @@ def _nested(graph: GraphProto) -> Iterator[GraphProto]:
 def _tensors(model: ModelProto) -> Iterator[TensorProto]:
     """Every tensor the file holds: weights, sparse weights, constants in attributes; in functions and subgraphs too."""
     nodes = [node for function in model.functions for node in function.node]
-    for graph in graphs_of(model):
+    inside_functions = [graph for node in nodes for inner in subgraphs(node) for graph in _nested(inner)]
+    for graph in (*graphs_of(model), *inside_functions):
         yield from graph.initializer
         for sparse in graph.sparse_initializer:
             yield from (sparse.values, sparse.indices)
@@ -330,6 +332,22 @@ def _embed_external_data(model: ModelProto, path: Path) -> None:
         os.close(folder)
 
 
+def _check_nothing_is_outside(message: Any) -> None:
+    """ModelError if any tensor in this protobuf message says it lies in another file.
+
+    Another reader may look where `_tensors` does not, and would open whatever is named there.
+    """
+    if isinstance(message, TensorProto):
+        if message.data_location == TensorProto.EXTERNAL:
+            where = {entry.key: entry.value for entry in message.external_data}
+            raise _refused(message.name, where.get("location", ""), "the tensor is in a place where a model has none")
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for inner in [value] if hasattr(value, "ListFields") else value:
+                _check_nothing_is_outside(inner)
+
+
 def _read_external(folder: int, tensor: str, where: dict[str, str], size: int) -> bytes:
     location = where.get("location", "")
     if "/" in location or "\0" in location or location in {"", ".", ".."}:
@@ -368,5 +386,6 @@ def _refused(tensor: str, location: str, reason: str) -> ModelError:
     )
 
 
-def _first_line(exc: Exception) -> str:
+def first_line(exc: Exception) -> str:
+    """What a foreign exception says, short enough to be quoted."""
     return (str(exc).strip().splitlines() or [type(exc).__name__])[0].rstrip(".")[:300]

@@ -18,7 +18,7 @@ import onnx.inliner
 import onnx.version_converter
 from onnx import ModelProto, helper, numpy_helper
 
-from edge_sdk.compile.inspect import ModelSummary, data_inputs, has_foreign_operators, has_subgraphs
+from edge_sdk.compile.inspect import ModelSummary, data_inputs, first_line, has_foreign_operators, has_subgraphs
 from edge_sdk.compile.widths import widened
 from edge_sdk.errors import ModelError
 
@@ -72,7 +72,7 @@ def _tried(notes: list[str], failure: str, step: Callable[[ModelProto], ModelPro
             raise ValueError("the inputs or outputs changed")
     except Exception as exc:  # third-party graph surgery: whatever goes wrong, the graph before it still stands
         _log.debug("graph step failed", exc_info=True)
-        notes.append(f"The graph is built as it is: {failure} ({_first_line(exc)}).")
+        notes.append(f"The graph is built as it is: {failure} ({first_line(exc)}).")
         return graph
     return result
 
@@ -142,7 +142,3 @@ def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
     else:
         array = np.asarray(value, "float32" if attribute.name.startswith("value_float") else "int64")
     return numpy_helper.from_array(array, node.output[0])
-
-
-def _first_line(exc: Exception) -> str:
-    return (str(exc).strip().splitlines() or [type(exc).__name__])[0].rstrip(".")[:200]

@@ -21,14 +21,14 @@ from onnx import ModelProto
 import edge_sdk
 from edge_sdk.backends.base import Backend
 from edge_sdk.backends.registry import backend as backend_named
-from edge_sdk.backends.registry import backend_for
+from edge_sdk.backends.registry import backend_for, usable_profile
 from edge_sdk.compile.datasets import Reader, Samples, open_samples
 from edge_sdk.compile.inspect import ModelSummary, read_model, summarize
 from edge_sdk.compile.verify import Progress, decoder_for
-from edge_sdk.errors import BackendUnavailable, PackageError, ProfileError, SpecError
+from edge_sdk.errors import BackendUnavailable, ModelError, PackageError, ProfileError, SpecError
 from edge_sdk.package import MANIFEST, EnginePackage, file_sha256
-from edge_sdk.profiles import DeviceProfile, Machine, detect, load_profile, load_profiles
-from edge_sdk.spec import Calibration, EngineSpec, data_source, load_spec, read_labels, spec_for_model
+from edge_sdk.profiles import DeviceProfile, Machine, load_profile
+from edge_sdk.spec import Calibration, EngineSpec, Preprocess, data_source, load_spec, read_labels, spec_for_model
 from edge_sdk.tasks.registry import task_for
 
 WantedPrecision = Literal["auto", "fp32", "fp16", "int8"]
@@ -81,7 +81,7 @@ def order_of(
     spec, folder, place = _spec_and_places(source)
     machine = Machine.read()
     if profile is None:
-        chosen, _ = detect(machine, load_profiles())
+        chosen, _ = usable_profile(machine)
     else:
         chosen = profile if isinstance(profile, DeviceProfile) else load_profile(profile)
     if precision not in get_args(WantedPrecision):
@@ -203,6 +203,9 @@ def gathered(order: Order) -> Ingredients:
     spec = order.spec
     model = read_model(spec.model)
     summary = summarize(model, spec.model.name)
+    for kind, specs in (("inputs", summary.inputs), ("outputs", summary.outputs)):
+        if not specs:
+            raise ModelError(f"{summary.file} has no {kind}; an engine has at least one.", fix="Export it again.")
     labels = read_labels(spec.postprocess.labels) if spec.postprocess.labels is not None else ()
     _check_task(spec, summary, labels)
     reader = Reader(summary.inputs, decoder_for(spec.preprocess, summary.inputs), labels, order.folder)
@@ -251,7 +254,9 @@ def _check_task(spec: EngineSpec, summary: ModelSummary, labels: tuple[str, ...]
         postprocess=spec.postprocess,
         labels=labels,
     )
-    sizes = summary.outputs[0].shape[1:] if summary.outputs else ()
+    if spec.task == "image-classification" and spec.preprocess is not None:
+        _check_photos(spec.preprocess, summary)
+    sizes = summary.outputs[0].shape[1:]
     fixed = [axis for axis in sizes if isinstance(axis, int)]
     if labels and fixed and len(fixed) == len(sizes) and int(np.prod(fixed)) != len(labels):
         raise SpecError(
@@ -259,6 +264,41 @@ def _check_task(spec: EngineSpec, summary: ModelSummary, labels: tuple[str, ...]
             "scores.",
             fix="There must be one label for each class, in their order.",
         )
+
+
+def _check_photos(preprocess: Preprocess, summary: ModelSummary) -> None:
+    """SpecError if no photo, as [preprocess] prepares it, fits the model's input: the engine would refuse them all."""
+    wanted = summary.inputs[0]
+    batch, *axes = wanted.shape
+    channels, height, width = axes if preprocess.layout == "NCHW" else (axes[2], axes[0], axes[1])
+    sides = (height, width)
+    sizes = _photo_sides(preprocess, sides)
+    if isinstance(batch, int) and batch != 1:
+        fix = "Export the model with batch 1, or with a free batch axis."
+    elif isinstance(channels, int) and channels != preprocess.channels:
+        other = channels not in (1, 3) and preprocess.channels in axes
+        fix = "Set `layout`: NCHW or NHWC." if other else "Set `color`: RGB and BGR have 3 channels, L has 1."
+    elif any(isinstance(side, int) and isinstance(size, int) and side != size for side, size in zip(sides, sizes)):
+        key = "center_crop" if preprocess.center_crop else "resize" if preprocess.resize else "resize_short_side"
+        fix = f"Set `{key}` to the size that the model takes."
+    else:
+        return
+    made = (preprocess.channels, *sizes) if preprocess.layout == "NCHW" else (*sizes, preprocess.channels)
+    shape = ", ".join(map(str, (1, *made)))
+    raise SpecError(f"[preprocess] makes [{shape}] of a photo; the model's input is {wanted}.", fix=fix)
+
+
+def _photo_sides(preprocess: Preprocess, sides: tuple[int | str, int | str]) -> tuple[int | str, int | str]:
+    """Height and width of a prepared photo; a name where that depends on the photo. `sides` are the model's."""
+    if preprocess.center_crop is not None:
+        return preprocess.center_crop, preprocess.center_crop
+    if preprocess.resize is not None:
+        return preprocess.resize
+    assert preprocess.resize_short_side is not None
+    short, (height, width) = preprocess.resize_short_side, sides
+    if isinstance(height, int) and isinstance(width, int) and width < height:
+        return "height", short
+    return short, "width"
 
 
 def _calibration_samples(spec: EngineSpec, reader: Reader) -> tuple[Samples | None, Samples | None]:

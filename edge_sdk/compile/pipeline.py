@@ -10,13 +10,15 @@ is kept only on evidence, and the package says which.
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from onnx import ModelProto
@@ -45,6 +47,7 @@ from edge_sdk.compile.verify import (
     can_stack,
     judge,
     no_progress,
+    same_answers,
     throughput,
     time_engines,
 )
@@ -52,6 +55,7 @@ from edge_sdk.errors import (
     DataError,
     EngineFailed,
     ModelError,
+    OutOfMemory,
 )
 from edge_sdk.package import (
     GRAPH,
@@ -92,7 +96,24 @@ class Build:
     unchanged: bool
 
 
-def build_engine(
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _arguments_of(other: Callable[_P, Any]) -> Callable[[Callable[..., _R]], Callable[_P, _R]]:
+    """The decorated function takes what `other` takes, and returns what it does; type checkers and `help` see both."""
+
+    def taking(function: Callable[..., _R]) -> Callable[_P, _R]:
+        returned = inspect.signature(function).return_annotation
+        signature = inspect.signature(other).replace(return_annotation=returned)
+        function.__signature__ = signature  # type: ignore[attr-defined]  # where `inspect` and `help` look for it
+        function.__annotations__ = {**other.__annotations__, "return": returned}
+        return function
+
+    return taking
+
+
+def build(
     source: str | os.PathLike[str] | EngineSpec,
     *,
     profile: str | DeviceProfile | None = None,
@@ -102,7 +123,17 @@ def build_engine(
     output: str | os.PathLike[str] | None = None,
     force: bool = False,
     progress: Progress | None = None,
-) -> EnginePackage:
+) -> Build:
+    """As `build_engine`, and say whether anything had to be done."""
+    order = order_of(source, profile, precision, calibration, samples, output, progress or no_progress)
+    ingredients = gathered(order)
+    if not force and (package := existing(order.output, ingredients.key)) is not None:
+        return Build(package, unchanged=True)
+    return Build(_make(order, ingredients), unchanged=False)
+
+
+@_arguments_of(build)
+def build_engine(*args: Any, **kwargs: Any) -> EnginePackage:
     """Build an engine package from an engine spec or an ONNX file, and give it back opened.
 
     >>> package = build_engine("engines/digits")
@@ -123,48 +154,21 @@ def build_engine(
         progress: called with (step, done, total) as long steps advance.
 
     An already quantised model is packaged exactly as it is. Without validation data, part of the calibration samples
-    is held out to judge on; fewer than five cannot be divided so, and `auto` then takes FP32. For a profile of another kind of device the speed cannot be measured here; `auto` then
-    takes INT8 on its accuracy alone, and says so.
+    is held out to judge on. Fewer than five cannot be divided so: `int8` is then refused, and `auto` takes FP32. For a
+    profile of another kind of device the speed cannot be measured here; `auto` then takes INT8 on its accuracy alone,
+    and says so.
 
     The package appears in one step, or not at all: no failure and no interrupt leaves anything behind.
 
     Raises:
         ModelError: the file is broken, hostile, cannot be taken; or the precision asked for is outside the budget.
         SpecError: engine.toml, or an argument, is wrong.
-        DataError: calibration or validation data is missing or does not fit, or `int8` was asked for with fewer than five samples.
+        DataError: calibration or validation data is missing or does not fit, or is too little for the `int8` asked for.
         ProfileError: no such profile, or it lacks the precision.
         BackendError: nothing here can run the graph, or the runtime refuses it.
         PackageError: `output` cannot be written, or holds something that is not a package.
     """
-    return build(
-        source,
-        profile=profile,
-        precision=precision,
-        calibration=calibration,
-        samples=samples,
-        output=output,
-        force=force,
-        progress=progress,
-    ).package
-
-
-def build(
-    source: str | os.PathLike[str] | EngineSpec,
-    *,
-    profile: str | DeviceProfile | None = None,
-    precision: WantedPrecision = "auto",
-    calibration: str | os.PathLike[str] | None = None,
-    samples: int | None = None,
-    output: str | os.PathLike[str] | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> Build:
-    """As `build_engine`, and say whether anything had to be done."""
-    order = order_of(source, profile, precision, calibration, samples, output, progress or no_progress)
-    ingredients = gathered(order)
-    if not force and (package := existing(order.output, ingredients.key)) is not None:
-        return Build(package, unchanged=True)
-    return Build(_make(order, ingredients), unchanged=False)
+    return build(*args, **kwargs).package
 
 
 def _make(order: Order, ingredients: Ingredients) -> EnginePackage:
@@ -203,7 +207,7 @@ def _trusted_graph(order: Order, ingredients: Ingredients) -> ModernGraph:
     """The tidiest modern graph that answers as the file does.
 
     The converter and the simplifier are other people's graph surgery; their word is not taken for it. Where the file
-    itself cannot be run here, or there is nothing to ask it, the modern graph stands.
+    itself cannot be run here, the modern graph stands.
     """
     model, summary = ingredients.model, ingredients.summary
     modern = modern_graph(model, summary)
@@ -211,25 +215,31 @@ def _trusted_graph(order: Order, ingredients: Ingredients) -> ModernGraph:
         return modern
     plain = modern_graph(model, summary, simplify=False)
     if _answers_as(order, ingredients, plain.model):
-        return replace(plain, notes=(*plain.notes, "Simplifying the graph changed its answers, so it was left out."))
+        return replace(
+            plain, notes=(*plain.notes, "Simplifying the graph broke it or changed its answers, so it was left out.")
+        )
     raise ModelError(
-        f"{summary.file} answers otherwise once it is brought to opset {OPSET}.",
+        f"{summary.file} answers otherwise, or not at all, once it is brought to opset {OPSET}.",
         fix="Export it again at that opset or a later one.",
     )
 
 
 def _answers_as(order: Order, ingredients: Ingredients, graph: ModelProto) -> bool:
-    """Whether `graph` answers a few questions as the file does; True where there is no telling."""
+    """Whether `graph` answers a few questions as the file does; True where the file itself answers nothing."""
     try:
-        with (
-            _engine(order, ingredients.model.SerializeToString()) as original,
-            _engine(order, graph.SerializeToString()) as engine,
-        ):
-            judgement = judge(original, [engine], _probes(ingredients), classes=False)
-    except (EngineFailed, DataError):
+        probes = _probes(ingredients)
+        with _engine(order, ingredients.model.SerializeToString()) as original:
+            wanted = [original.infer(probe.feeds) for probe in probes]
+    except (EngineFailed, OutOfMemory, DataError):
         return True
-    snr_db = judgement.candidates[0].snr_db
-    return snr_db is None or snr_db >= _SAME_ANSWER_DB
+    try:
+        with _engine(order, graph.SerializeToString()) as engine:
+            found = [engine.infer(probe.feeds) for probe in probes]
+    except (EngineFailed, OutOfMemory):
+        return False
+    # What FP16 rounds away can decide a close call, such as an ArgMax; our graphs are FP32 inside.
+    in_fp32 = widths.widened(ingredients.model) is ingredients.model
+    return same_answers(wanted, found, min_snr_db=_SAME_ANSWER_DB, integers=in_fp32)
 
 
 def _probes(ingredients: Ingredients) -> list[Sample]:
@@ -300,7 +310,8 @@ _GIVE_DATA = (
 
 def _too_few(calibration: Samples) -> DataError:
     return DataError(
-        f"{len(calibration)} calibration samples came from {calibration.source}; INT8 needs at least {MIN_CALIBRATION}.",
+        f"{len(calibration)} calibration samples were taken from {calibration.source}; INT8 needs at least "
+        f"{MIN_CALIBRATION}.",
         fix="About a hundred typical ones do.",
     )
 

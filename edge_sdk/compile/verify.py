@@ -11,18 +11,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from edge_sdk.backends.base import Engine
-from edge_sdk.backends.registry import load_engine
-from edge_sdk.compile.datasets import Reader, Sample, open_samples
+from edge_sdk.compile.datasets import Sample
 from edge_sdk.errors import DataError, EngineFailed, OutOfMemory
-from edge_sdk.package import EnginePackage
 from edge_sdk.spec import Preprocess
 from edge_sdk.tasks.images import decode_image
 from edge_sdk.tensors import Array, Feeds, Outputs, TensorSpec, is_batchable
@@ -126,16 +121,41 @@ class _Tally:
             self.right += found == label
         for name, wanted in truth.items():
             if wanted.dtype.kind == "f":
-                exact = wanted.astype(np.float64)
-                self.signal[name] = self.signal.get(name, 0.0) + float(np.square(exact).sum())
-                difference = float(np.square(exact - answer[name].astype(np.float64)).sum())
-                self.noise[name] = self.noise.get(name, 0.0) + difference
+                signal, noise = _powers(wanted, answer[name])
+                self.signal[name] = self.signal.get(name, 0.0) + signal
+                self.noise[name] = self.noise.get(name, 0.0) + noise
 
     def accuracy(self, asked: int, labelled: int) -> Accuracy:
         ratios = [_decibels(self.signal[name], self.noise[name]) for name in self.signal]
         return Accuracy(
             _percent(self.right, labelled), _percent(self.agreed, asked), min(ratios, default=None), self.finite
         )
+
+
+def same_answers(
+    wanted: Sequence[Outputs], found: Sequence[Outputs], *, min_snr_db: float, integers: bool = True
+) -> bool:
+    """Whether what a graph answered is what another one did, to the same feeds in the same order.
+
+    Floats count as the same down to `min_snr_db`, over all answers; everything else must be equal, unless `integers` is
+    False. Where NaN or infinity was wanted, anything goes.
+    """
+    signal: dict[str, float] = {}
+    noise: dict[str, float] = {}
+    for one, other in zip(wanted, found):
+        for name, value in one.items():
+            if name not in other or other[name].dtype != value.dtype:
+                return False
+            if value.dtype.kind != "f":
+                if integers and not np.array_equal(value, other[name]):
+                    return False
+            elif other[name].shape != value.shape:
+                return False
+            elif np.isfinite(value).all():
+                powers = _powers(value, other[name])
+                signal[name] = signal.get(name, 0.0) + powers[0]
+                noise[name] = noise.get(name, 0.0) + powers[1]
+    return all(_decibels(signal[name], noise[name]) >= min_snr_db for name in signal)
 
 
 def time_engines(engines: Sequence[Engine], feeds: Feeds, *, seconds: float = 1.5) -> list[float]:
@@ -208,103 +228,11 @@ def decoder_for(preprocess: Preprocess | None, inputs: tuple[TensorSpec, ...]) -
     return lambda data: {spec.name: decode_image(data, preprocess).astype(spec.dtype, copy=False)}
 
 
-@dataclass(frozen=True)
-class PackageFigures:
-    """One package on the data it was evaluated on."""
-
-    package: str
-    precision: str
-    bytes: int
-    top1_percent: float | None
-    latency_ms: float
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What `edge-sdk evaluate` found. With another package to compare to, `agreement_percent` and `snr_db` are
-    against that one."""
-
-    data: str
-    samples: int
-    package: PackageFigures
-    against: PackageFigures | None = None
-    agreement_percent: float | None = None
-    snr_db: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def evaluate(
-    package: EnginePackage,
-    data: str,
-    *,
-    against: EnginePackage | None = None,
-    samples: int | None = None,
-    folder: Path | None = None,
-    progress: Progress | None = None,
-) -> Evaluation:
-    """Accuracy and latency of a package on `data`, beside those of another one if `against` is given.
-
-    `data` is what validation data may be; a callable is imported from `folder` (default: here). `samples` takes that
-    many, evenly spread. Raises DataError for the data; PackageError, PackageMismatch or BackendError for a package.
-    """
-    report = progress or no_progress
-    manifest = package.manifest
-    with ExitStack() as stack:
-        engine = stack.enter_context(closing(load_engine(package)))
-        other = stack.enter_context(closing(load_engine(against))) if against is not None else None
-        decode = decoder_for(manifest.preprocess, engine.inputs)
-        reader = Reader(engine.inputs, decode, package.labels(), folder or Path.cwd())
-        chosen = open_samples(data, reader, limit=samples)
-        chosen = chosen.spread(samples) if samples is not None else chosen
-        classes = manifest.task == "image-classification" or chosen.is_labelled
-        first = next(iter(chosen)).feeds
-        judgement = judge(
-            other or engine,
-            [engine] if other else [],
-            chosen,
-            classes=classes,
-            each=lambda done: report("evaluating", done, len(chosen)),
-        )
-        latencies = time_engines([engine, other] if other else [engine], first)
-    accuracy = judgement.candidates[0] if other else None
-    top1 = accuracy.top1_percent if accuracy else judgement.reference_top1_percent
-    return Evaluation(
-        data=data,
-        samples=judgement.samples,
-        package=_figures(package, top1, latencies[0]),
-        against=_figures(against, judgement.reference_top1_percent, latencies[1]) if against else None,
-        agreement_percent=accuracy.agreement_percent if accuracy else None,
-        snr_db=accuracy.snr_db if accuracy else None,
-    )
-
-
-def _figures(package: EnginePackage, top1: float | None, latency_ms: float) -> PackageFigures:
-    size = sum(record.bytes for name, record in package.manifest.files.items() if name.endswith(".onnx"))
-    return PackageFigures(str(package), package.manifest.precision, size, top1, latency_ms)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """One engine asked by one thread, one request after the other."""
-
-    batch: int
-    per_second: float
-    p50_ms: float
-    p99_ms: float
-
-
-def bench(engine: Engine, feeds: Feeds, *, batch: int = 1, seconds: float = 5.0) -> Bench:
-    """Inferences a second and latency of one run; `feeds` hold `batch` requests."""
+def _rate(engine: Engine, feeds: Feeds, batch: int, seconds: float) -> float:
+    """Inferences a second; `feeds` hold `batch` requests."""
     _run_for(engine, feeds, min(_WARM_UP_SECONDS, seconds))
     times = _run_for(engine, feeds, seconds)
-    p50, p99 = (float(np.percentile(times, q)) * 1e3 for q in (50, 99))
-    return Bench(batch, round(batch * len(times) / sum(times), 1), round(p50, 4), round(p99, 4))
-
-
-def _rate(engine: Engine, feeds: Feeds, batch: int, seconds: float) -> float:
-    return bench(engine, feeds, batch=batch, seconds=seconds).per_second
+    return round(batch * len(times) / sum(times), 1)
 
 
 def _stacked(feeds: Feeds, batch: int) -> Feeds:
@@ -340,6 +268,14 @@ def _is_finite(outputs: Outputs) -> bool:
 
 def _percent(count: int, total: int) -> float | None:
     return round(100 * count / total, 2) if total else None
+
+
+def _powers(wanted: Array, found: Array) -> tuple[float, float]:
+    """Of the signal and of the noise. Outputs of different shapes have nothing in common: infinite noise."""
+    exact = wanted.astype(np.float64)
+    alike = found.shape == wanted.shape
+    noise = float(np.square(exact - found.astype(np.float64)).sum()) if alike else math.inf
+    return float(np.square(exact).sum()), noise
 
 
 def _decibels(signal: float, noise: float) -> float:

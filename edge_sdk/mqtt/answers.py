@@ -19,7 +19,7 @@ from typing import Any, Union
 
 import numpy as np
 
-from edge_sdk.errors import DataError, EdgeSdkError, Malformed, NoAnswer, RequestError, request_error
+from edge_sdk.errors import DataError, EdgeSdkError, Malformed, NoAnswer, RequestError, SettingsError, request_error
 from edge_sdk.mqtt import topics
 from edge_sdk.mqtt.codec import HEADER_LENGTH
 from edge_sdk.mqtt.topics import Topics
@@ -97,7 +97,11 @@ class ClientCodec:
         protocol: MqttVersion,
         remaining_s: float,
     ) -> Message:
-        """The PUBLISH that asks; `remaining_s` is what is left until the deadline. `body` must be `protocol`'s form."""
+        """The PUBLISH that asks; `remaining_s` is what is left until the deadline. `body` must be `protocol`'s form.
+
+        Raises SettingsError for a `version` on MQTT 3.1.1.
+        """
+        check_version(version, protocol)
         address = Topics(self.root, device)
         if protocol == 4:
             return Message(address.infer_from(model, self.client_id, str(key)), body.data)
@@ -133,6 +137,14 @@ class ClientCodec:
             raise
         except Exception as err:  # a stranger's bytes; see the module
             raise NoAnswer(f"The answer for model {model!r} cannot be read: {err!r}.") from err
+
+
+def check_version(version: str | None, protocol: MqttVersion) -> None:
+    """SettingsError if `protocol` has no way to ask for that version of a model."""
+    if version is not None and protocol == 4:
+        raise SettingsError(
+            f"A request for version {version!r} needs MQTT 5: 3.1.1 has no topic with a version and a way back."
+        )
 
 
 def described(topic: str, payload: bytes) -> dict[str, Any]:

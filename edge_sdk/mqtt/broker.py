@@ -29,7 +29,7 @@ from typing import Literal
 from edge_sdk.errors import BrokerError
 from edge_sdk.mqtt.address import connect_options
 from edge_sdk.mqtt.negotiation import Negotiation
-from edge_sdk.mqtt.transports.base import Closed, Connected, Received, Refused
+from edge_sdk.mqtt.transports.base import Closed, Connected, ConnectOptions, Received, Refused
 from edge_sdk.mqtt.transports.paho import PahoTransport
 
 BrokerKind = Literal["mosquitto", "amqtt"]
@@ -133,13 +133,37 @@ def start_broker(
             _stop(process)
 
 
-def find_broker(url: str, *, timeout_s: float = 5.0) -> FoundBroker:
-    """Connect as a client would, and say what answered. Never raises for what the network does."""
-    options = connect_options(url, client_id=f"edge-sdk-probe-{os.getpid()}", clean_start=True)
+def find_broker(
+    url: str,
+    *,
+    username: str | None = None,
+    password: str | None = None,
+    tls_ca_file: str | None = None,
+    timeout_s: float = 5.0,
+) -> FoundBroker:
+    """Connect as a client would, and say what answered. Never raises for what the network does.
+
+    `username`, `password` and `tls_ca_file` are the client's own: without them a broker that asks for them refuses.
+    """
+    options = connect_options(
+        url,
+        client_id=f"edge-sdk-probe-{os.getpid()}",
+        username=username,
+        password=password,
+        tls_ca_file=tls_ca_file,
+        clean_start=True,
+    )
+    transport = PahoTransport()
+    try:
+        return _probe(transport, options, timeout_s)
+    finally:
+        transport.close()
+
+
+def _probe(transport: PahoTransport, options: ConnectOptions, timeout_s: float) -> FoundBroker:
     address = f"{options.host}:{options.port}"
     give_up_at = time.monotonic() + timeout_s
     negotiation = Negotiation()
-    transport = PahoTransport()
     detail = "it did not answer CONNECT in time"
     trying = True
     while trying and (left_s := negotiation.patience_s(give_up_at - time.monotonic())) > 0:
@@ -151,7 +175,6 @@ def find_broker(url: str, *, timeout_s: float = 5.0) -> FoundBroker:
         if isinstance(event, Connected):
             protocol: Literal["5", "3.1.1"] = "5" if negotiation.version == 5 else "3.1.1"
             name = _version_it_tells(transport, min(0.3, left_s)) or "an MQTT broker"
-            transport.close()
             return FoundBroker(address, True, f"{name}, speaking MQTT {protocol}", protocol)
         if isinstance(event, Refused):
             detail = f"it refused the connection: {event.reason}"
@@ -159,7 +182,6 @@ def find_broker(url: str, *, timeout_s: float = 5.0) -> FoundBroker:
         elif isinstance(event, Closed):
             detail = f"it is no MQTT broker, or wants none of us: {event.reason}"
             trying = negotiation.hung_up()
-    transport.close()
     return FoundBroker(address, False, f"Something listens at {address}, but {detail}.")
 
 

@@ -32,17 +32,17 @@ from edge_sdk.errors import (
     EdgeSdkError,
     NoAnswer,
     QueueFull,
-    SettingsError,
     Unavailable,
 )
 from edge_sdk.mqtt import topics
 from edge_sdk.mqtt.address import connect_options
-from edge_sdk.mqtt.answers import Answer, ClientCodec, Data, Prediction, described, encoder
+from edge_sdk.mqtt.answers import Answer, ClientCodec, Data, Prediction, check_version, described, encoder
 from edge_sdk.mqtt.negotiation import ProtocolSetting
 from edge_sdk.mqtt.pending import Fail, PendingRequest, PendingRequests
 from edge_sdk.mqtt.reconnection import Reconnection
 from edge_sdk.mqtt.topics import Topics
 from edge_sdk.mqtt.transports.base import (
+    FAILURE,
     Acknowledged,
     Closed,
     Connected,
@@ -157,8 +157,8 @@ class Client:
         self._retained_changed = threading.Condition()
         self._watched = {topics.everyones_availability(root) if device is None else Topics(root, device).availability}
         self._granted: set[str] = set()
+        self._refused: dict[str, BrokerError] = {}
         self._subscribing: dict[int, tuple[str, ...]] = {}
-        self._ready = False
         self._requests = self._answers = self._errors = self._resent = self._connections = 0
 
         self._lock = threading.Lock()
@@ -234,10 +234,7 @@ class Client:
             Topics(self._root, "any").infer(model, version=version)
         encode = encoder(data)
         protocol = self._reconnection.version
-        if version is not None and protocol == 4:
-            raise SettingsError(
-                f"A request for version {version!r} needs MQTT 5: 3.1.1 has no topic with a version and a way back."
-            )
+        check_version(version, protocol)
         if accept is None and isinstance(data, (np.ndarray, Mapping)):
             accept = BINARY
         job = _Job(
@@ -323,8 +320,12 @@ class Client:
         self._transport.wake()
         with self._retained_changed:
             granted = self._retained_changed.wait_for(
-                lambda: topic_filter in self._granted or self._closing, min(self._timeout_s, 5.0)
+                lambda: topic_filter in self._granted or topic_filter in self._refused or self._closing,
+                min(self._timeout_s, 5.0),
             )
+            refusal = self._refused.get(topic_filter)
+            if refusal is not None:
+                raise NoAnswer(refusal.problem, fix=refusal.fix) from refusal
             if not granted:
                 raise NoAnswer("There is no connection to the broker.")
             # Nothing marks the end of the retained messages; a broker sends them right after SUBACK.
@@ -358,9 +359,12 @@ class Client:
         """End everything that is waiting."""
         for fail in self._pending.fail_all(error):
             self._end(fail)
-        for job in self._submitted:
+        with self._lock:
+            submitted = list(self._submitted)
+            self._submitted.clear()
+        for job in submitted:
+            self._errors += 1
             _set_exception(job.future, error)
-        self._submitted.clear()
         if not self._first_try.done():
             self._first_try.set_exception(error)
 
@@ -376,6 +380,10 @@ class Client:
             if job.device is not None and self._device != job.device:
                 with self._lock:
                     self._watched.add(Topics(self._root, job.device).availability)
+        deaf = self._refused.get(self._codec.answers_filter(self._reconnection.version))
+        if deaf is not None:
+            for fail in self._pending.fail_all(deaf):
+                self._end(fail)
 
     def _act(self, now: float) -> None:
         for action in self._pending.due(now):
@@ -435,8 +443,8 @@ class Client:
         self._window = min(WINDOW, event.limits.receive_maximum)
 
     def _on_lost(self, event: Refused | Closed, now: float) -> None:
-        self._ready = False
         self._pending.disconnected()
+        self._refused.clear()
         where = f"The MQTT broker at {self._options.host}:{self._options.port}"
         if isinstance(event, Refused):
             pause_s = self._reconnection.refused(event.code, now)
@@ -448,11 +456,11 @@ class Client:
             self._fail_first_try(error)
 
     def _subscribe(self) -> None:
-        """Ask for what is watched and not asked for yet; the answers' own topic comes first."""
+        """Ask for what is watched and not asked for yet on this connection; the answers' own topic comes first."""
         if not self._reconnection.is_connected:
             return
         answers = self._codec.answers_filter(self._reconnection.version)
-        asked = self._granted.union(*self._subscribing.values())
+        asked = self._granted.union(self._refused, *self._subscribing.values())
         with self._lock:
             wanted = [name for name in (answers, *sorted(self._watched)) if name not in asked]
         if wanted:
@@ -460,18 +468,19 @@ class Client:
 
     def _on_subscribed(self, event: Subscribed, now: float) -> None:
         filters = self._subscribing.pop(event.handle, ())
-        if not self._ready and event.codes[0] >= 0x80:
-            self._give_up(BrokerError(
-                f"The broker does not let this client read its answers on {filters[0]} (0x{event.codes[0]:02x}).",
-                fix="Allow it in the broker's access control.",
-            ))  # fmt: skip
+        codes = dict(zip(filters, (*event.codes, *[FAILURE] * len(filters))))  # what a SUBACK leaves out, it refuses
+        refused = {name: _refusal(name, code) for name, code in codes.items() if code >= FAILURE}
         with self._retained_changed:
-            self._granted.update(filters)
+            self._granted.update(codes.keys() - refused.keys())
+            self._refused.update(refused)
             self._retained_changed.notify_all()
         if any(name.endswith("/availability") for name in filters):
-            self._pending.subscribed_to_availability(now)
-        if not self._ready:
-            self._ready = True
+            unseen = next((error for name, error in self._refused.items() if name.endswith("/availability")), None)
+            self._pending.subscribed_to_availability(now, unseen)
+        answers = self._codec.answers_filter(self._reconnection.version)
+        if answers in refused:
+            self._give_up(refused[answers])
+        elif answers in codes:
             self._pending.connected(self._window)
             if not self._first_try.done():
                 self._first_try.set_result(None)
@@ -534,6 +543,13 @@ class Client:
         if job is not None:
             self._errors += 1
             _set_exception(job.future, fail.error)
+
+
+def _refusal(topic_filter: str, code: int) -> BrokerError:
+    return BrokerError(
+        f"The broker refused this client the subscription to {topic_filter} (0x{code:02x}).",
+        fix="Allow it in the broker's access control.",
+    )
 
 
 def _set_exception(future: Future[Answer], error: EdgeSdkError) -> None:

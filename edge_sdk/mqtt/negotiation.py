@@ -2,19 +2,21 @@
 
 MQTT 5 comes first. A broker that does not know it should refuse it (reason code 0x84, or 1 from before MQTT 5). Some
 hang up instead, and some wait for ever (amqtt takes the properties for the length of a client id). But a broker that is
-restarting, or a proxy in front of it, hangs up too, and 3.1.1 costs deadlines, limits and fail-fast: so once MQTT 5 has
-worked, only a refusal in so many words leads away from it.
+restarting, or a proxy in front of it, hangs up too, and 3.1.1 costs deadlines, limits and fail-fast. So once MQTT 5 has
+worked, only a refusal in so many words leads away from it; and where a hang-up led to 3.1.1, that is for one
+connection: the next begins with 5. With a broker that never answers (amqtt) each reconnection therefore costs the
+patience again. Where that matters, set the protocol.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-from edge_sdk.mqtt.transports.base import MqttVersion
+from edge_sdk.mqtt.transports.base import UNSUPPORTED_VERSION, MqttVersion
 
 ProtocolSetting = Literal["auto", "5", "3.1.1"]
 
-UNSUPPORTED_VERSION = (0x84, 0x01)
+_UNSUPPORTED = (UNSUPPORTED_VERSION, 0x01)
 
 PATIENCE_S = 2.0
 """How long a broker of unknown version may think about MQTT 5. Over a slower link, set the protocol."""
@@ -27,6 +29,8 @@ class Negotiation:
         transport.open(replace(options, version=negotiation.version), timeout_s=negotiation.patience_s(10))
         ...
         negotiation.connected() | negotiation.refused(code) | negotiation.hung_up()
+        ...
+        negotiation.lost()                                   # after connected: that connection is over
 
     `refused` and `hung_up` say whether the next version is worth trying at once, without a back-off.
     """
@@ -35,6 +39,7 @@ class Negotiation:
         self._auto = protocol == "auto"
         self._version: MqttVersion = 4 if protocol == "3.1.1" else 5
         self._knows_5 = False
+        self._refused_5 = False
 
     @property
     def version(self) -> MqttVersion:
@@ -45,12 +50,19 @@ class Negotiation:
         return min(timeout_s, PATIENCE_S) if self._auto and self._version == 5 and not self._knows_5 else timeout_s
 
     def connected(self) -> None:
-        self._knows_5 = self._knows_5 or self._version == 5
+        if self._version == 5:
+            self._knows_5, self._refused_5 = True, False
+
+    def lost(self) -> None:
+        """An established connection ended."""
+        if self._auto and not self._refused_5:
+            self._version = 5
 
     def refused(self, code: int) -> bool:
-        if code not in UNSUPPORTED_VERSION:
+        if code not in _UNSUPPORTED:
             return False
-        self._knows_5 = False
+        if self._version == 5:
+            self._knows_5, self._refused_5 = False, True
         return self._switch()
 
     def hung_up(self) -> bool:

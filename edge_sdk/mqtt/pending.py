@@ -29,7 +29,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Union
 
-from edge_sdk.errors import EdgeSdkError, NoAnswer, RequestError
+from edge_sdk.errors import BrokerError, EdgeSdkError, NoAnswer, RequestError
+from edge_sdk.mqtt.transports.base import FAILURE, NO_MATCHING_SUBSCRIBERS, QUOTA_EXCEEDED
 
 FIRST_RESEND_S = 3.0
 FIRST_LOOK_S = 2.0
@@ -43,9 +44,6 @@ RETRY_S = 0.05
 """The first pause after `queue_full` and the like, when the device names none; it doubles."""
 REMEMBERED = 8_192
 """Keys of answered requests, to tell a duplicate from a stranger's message."""
-
-NO_SUBSCRIBERS = 0x10
-QUOTA_EXCEEDED = 0x97
 
 KEY_BITS = 62
 """Of the first key: of the 8 bytes a key has on the wire, two bits are left to count on."""
@@ -126,6 +124,8 @@ class PendingRequests:
     _keys: Iterator[int] = field(init=False)
     _window: int = 0
     _settled_at: float = math.inf
+    _unseen: BrokerError | None = None
+    """Why the availability of devices is not known, if it is not."""
 
     def __post_init__(self) -> None:
         self._keys = itertools.count(self.first_key)
@@ -155,11 +155,14 @@ class PendingRequests:
         self._window = 0
         self._in_flight.clear()
         self._settled_at = math.inf
+        self._unseen = None
         for state in self.devices.values():
             state.online = None
 
-    def subscribed_to_availability(self, now: float) -> None:
+    def subscribed_to_availability(self, now: float, refusal: BrokerError | None = None) -> None:
+        """The broker said yes or, with a `refusal`, no: then nobody will be seen."""
         self._settled_at = now + SETTLE_S
+        self._unseen = refusal
 
     def heard(self, device: str, online: bool) -> None:
         """The availability of a device, retained or fresh."""
@@ -186,11 +189,11 @@ class PendingRequests:
         request = self._in_flight.pop(handle, None)
         if request is None or request.key not in self._requests or request.state != "sent":
             return
-        if code == NO_SUBSCRIBERS:
+        if code == NO_MATCHING_SUBSCRIBERS:
             self._unheard(request, now)
         elif code == QUOTA_EXCEEDED:
             self._wait(request, now + self._jitter(1.0))
-        elif code >= 0x80:
+        elif code >= FAILURE:
             self._fail(request, NoAnswer(
                 f"The broker refused the request for model {request.model!r} with reason code 0x{code:02x}.",
                 fix="Allow this client to publish to the device's topics.",
@@ -305,6 +308,13 @@ class PendingRequests:
         who = f"Device {request.device!r}" if request.device else "No device"
         is_offline = request.device and states[0].online is False
         what = "is offline" if is_offline else "is not listening" if request.device else "is online"
+        if self._unseen is not None and not (request.device and self.knows_listeners):
+            self._fail(request, NoAnswer(
+                f"{who} {what}, as far as this client may see: nobody for model {request.model!r}. "
+                f"{self._unseen.problem}",
+                fix=self._unseen.fix,
+            ))  # fmt: skip
+            return
         self._fail(request, NoAnswer(
             f"{who} {what}: nobody answers for model {request.model!r}.",
             fix="Start its daemon (edge-sdk serve), or check the device's name, the broker and the topic root.",

@@ -73,8 +73,10 @@ class Reconnection:
         connected_at, self._connected_at = self._connected_at, None
         if connected_at is None and self._negotiation.hung_up():
             return self._pause(0.0, now)
-        if connected_at is not None and now - connected_at >= LASTING_S:
-            self._backoff.connected()
+        if connected_at is not None:
+            self._negotiation.lost()
+            if now - connected_at >= LASTING_S:
+                self._backoff.connected()
         return self._pause(self._backoff.pause_s(code=code), now)
 
     def _pause(self, pause_s: float, now: float) -> float:

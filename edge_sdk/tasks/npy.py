@@ -24,7 +24,10 @@ def decode_npy(data: bytes) -> Array:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream, max_header_size=_MAX_HEADER)
-    except Exception as exc:  # numpy parses the header with `ast`, and lets through whatever that raises
+    except Exception as exc:
+        # Everything: numpy reads the header with `ast`, `tokenize` and the dtype constructor, and lets through what
+        # they raise - ValueError, SyntaxError, TypeError, TokenError, RecursionError, MemoryError, and where warnings
+        # are errors those too. A numpy too old for `max_header_size` would hide here; pyproject.toml asks for 1.23.5.
         raise Malformed("The body is not a .npy array: its header cannot be read.") from exc
     if dtype.hasobject or dtype.kind not in "biuf" or dtype_name(np.empty(0, dtype)) not in OIP_FROM_DTYPE:
         raise UnsupportedType(f"The .npy array has dtype {str(dtype)[:40]}; only plain numbers are taken.")

@@ -180,7 +180,7 @@ def to_list(name: str, array: Array) -> list[Any]:
         return [_as_bytes(element).decode("utf-8", "replace") for element in array.ravel()]
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise InferenceFailed(
-            f"The tensor {name!r} holds NaN or infinite values, which JSON cannot carry.",
+            f"The tensor {name[:80]!r} holds NaN or infinite values, which JSON cannot carry.",
             fix="Ask for binary output (accept: application/octet-stream) to see them.",
         )
     listed: list[Any] = array.ravel().tolist()
@@ -203,16 +203,18 @@ def _decode_tensors(entries: Sequence[dict[str, Any]], tensors: memoryview | Non
     for entry in entries:
         name, dtype, shape = _declared(entry)
         if name in decoded:
-            raise Malformed(f"The tensor {name!r} comes twice.")
+            raise Malformed(f"The tensor {name[:80]!r} comes twice.")
         size = _parameters(entry).get("binary_data_size")
         if size is None:
             decoded[name] = _from_list(name, entry.get("data"), dtype, shape)
             continue
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-            raise Malformed(f"`binary_data_size` of {name!r} is not a size in bytes.")
+            raise Malformed(f"`binary_data_size` of {name[:80]!r} is not a size in bytes.")
         if tensors is None or offset + size > len(tensors):
             available = 0 if tensors is None else len(tensors) - offset
-            raise Malformed(f"The tensor {name!r} claims {size} bytes; {available} are left in the payload.")
+            raise Malformed(
+                f"The tensor {name[:80]!r} claims {str(size)[:20]} bytes; {available} are left in the payload."
+            )
         decoded[name] = _from_bytes(name, tensors[offset : offset + size], dtype, shape)
         offset += size
     if tensors is not None and offset != len(tensors):
@@ -244,7 +246,7 @@ def _from_bytes(name: str, raw: memoryview, dtype: str, shape: tuple[int, ...]) 
     wanted = np.dtype(dtype).newbyteorder("<")
     if count * wanted.itemsize != len(raw):
         raise InvalidTensor(
-            f"The tensor {name!r} of shape {list(shape)} and type {OIP_FROM_DTYPE[dtype]} takes "
+            f"The tensor {name[:80]!r} of shape {list(shape)} and type {OIP_FROM_DTYPE[dtype]} takes "
             f"{count * wanted.itemsize} bytes; {len(raw)} came."
         )
     return np.frombuffer(raw, dtype=wanted).reshape(shape)
@@ -252,34 +254,37 @@ def _from_bytes(name: str, raw: memoryview, dtype: str, shape: tuple[int, ...]) 
 
 def _strings(name: str, raw: memoryview, count: int) -> Array:
     if count * 4 > len(raw):
-        raise Malformed(f"The BYTES tensor {name!r} claims {count} elements; its {len(raw)} bytes cannot hold them.")
+        raise Malformed(
+            f"The BYTES tensor {name[:80]!r} claims {count} elements; its {len(raw)} bytes cannot hold them."
+        )
     elements = np.empty(count, dtype=object)
     offset = 0
     for index in range(count):
         if offset + 4 > len(raw):
-            raise Malformed(f"The BYTES tensor {name!r} ends inside the length of element {index}.")
+            raise Malformed(f"The BYTES tensor {name[:80]!r} ends inside the length of element {index}.")
         (length,) = struct.unpack_from("<I", raw, offset)
         offset += 4
         if offset + length > len(raw):
-            raise Malformed(f"Element {index} of the BYTES tensor {name!r} claims {length} bytes, past its end.")
+            raise Malformed(f"Element {index} of the BYTES tensor {name[:80]!r} claims {length} bytes, past its end.")
         elements[index] = bytes(raw[offset : offset + length])
         offset += length
     if offset != len(raw):
-        raise Malformed(f"The BYTES tensor {name!r} has {len(raw) - offset} bytes after its last element.")
+        raise Malformed(f"The BYTES tensor {name[:80]!r} has {len(raw) - offset} bytes after its last element.")
     return elements
 
 
 def _from_list(name: str, data: Any, dtype: str, shape: tuple[int, ...]) -> Array:
     if not isinstance(data, list):
-        raise Malformed(f"The tensor {name!r} has neither `data` as a list nor a `binary_data_size`.")
+        raise Malformed(f"The tensor {name[:80]!r} has neither `data` as a list nor a `binary_data_size`.")
     flat = _flattened(data, shape)
     # Types before numpy: it would make room for the longest string in the place of every element.
     if not set(map(type, flat)) <= _JSON_TYPES.get(dtype, {int}):
         raise InvalidTensor(
-            f"The `data` of {name!r} holds values that are not {OIP_FROM_DTYPE[dtype]}, or is nested unlike its shape."
+            f"The `data` of {name[:80]!r} holds values that are not {OIP_FROM_DTYPE[dtype]}, "
+            "or is nested unlike its shape."
         )
     if len(flat) != element_count(shape):
-        raise InvalidTensor(f"The tensor {name!r} of shape {list(shape)} came with {len(flat)} elements.")
+        raise InvalidTensor(f"The tensor {name[:80]!r} of shape {list(shape)} came with {len(flat)} elements.")
     return _array_of(name, flat, dtype).reshape(shape)
 
 
@@ -308,7 +313,7 @@ def _array_of(name: str, values: list[Any], dtype: str) -> Array:
     if wanted.kind in "iu" and values:
         bounds = np.iinfo(wanted)
         if min(values) < bounds.min or max(values) > bounds.max:
-            raise InvalidTensor(f"The `data` of {name!r} does not fit {OIP_FROM_DTYPE[dtype]}.")
+            raise InvalidTensor(f"The `data` of {name[:80]!r} does not fit {OIP_FROM_DTYPE[dtype]}.")
     if wanted.kind != "f":
         return np.array(values, dtype=wanted)
     try:
@@ -318,7 +323,7 @@ def _array_of(name: str, values: list[Any], dtype: str) -> Array:
     except OverflowError:  # an integer of more than 308 digits
         fits = False
     if not fits:
-        raise InvalidTensor(f"The `data` of {name!r} holds a number too large for {OIP_FROM_DTYPE[dtype]}.")
+        raise InvalidTensor(f"The `data` of {name[:80]!r} holds a number too large for {OIP_FROM_DTYPE[dtype]}.")
     return array
 
 

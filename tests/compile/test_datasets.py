@@ -118,6 +118,21 @@ def test_npz_is_read_row_by_row(tmp_path: Path, compressed: bool) -> None:
     np.testing.assert_array_equal(images[[0, 4]], [s.feeds["image"][0] for s in by_name.spread(2)])
 
 
+def test_encrypted_npz_is_a_data_error(tmp_path: Path) -> None:
+    """There is no password to read it with."""
+    file = tmp_path / "some.npz"
+    np.savez(file, image=pictures(2))
+    data = bytearray(file.read_bytes())
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(signature) + flags] |= 1
+    file.write_bytes(data)
+
+    with pytest.raises(DataError) as caught:
+        open_samples(str(file), READER)
+
+    assert "encrypted" in caught.value.problem
+
+
 def test_npy_is_one_array(tmp_path: Path) -> None:
     """A .npy file holds the samples of a model with one input."""
     np.save(tmp_path / "x.npy", pictures(3))
@@ -191,7 +206,7 @@ def test_installed_callables_are_imported(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         open_samples("math:sqrt", Reader(INPUTS, folder=tmp_path))
 
-    assert "missing 1 required positional argument" in caught.value.problem
+    assert "math.sqrt() takes exactly one argument" in caught.value.problem
 
 
 def test_failing_callable_is_a_data_error(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from onnx import ModelProto, TensorProto, helper
+from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper
 
 from edge_sdk.compile.inspect import ends_in_softmax, inspect_model, read_model
 from edge_sdk.errors import ModelError
@@ -170,6 +170,65 @@ def test_weights_beside_the_model_are_read(tmp_path: Path) -> None:
 
     assert WEIGHT.tobytes() == made.graph.initializer[0].raw_data
     assert not made.graph.initializer[0].external_data
+
+
+def _hidden(graph: GraphProto) -> ModelProto:
+    """A model whose weight lies outside it and deep inside: in a branch, in an If, in a model-local function."""
+    chosen = helper.make_node("If", ["c"], ["y"], then_branch=graph, else_branch=graph)
+    opsets = [helper.make_opsetid("", 17)]
+    function = helper.make_function("mine", "Choose", ["c"], ["y"], [chosen], opsets)
+    value = helper.make_tensor_value_info
+    main = helper.make_graph(
+        [helper.make_node("Choose", ["c"], ["y"], domain="mine")],
+        "test",
+        [value("c", TensorProto.BOOL, [])],
+        [value("y", TensorProto.FLOAT, [4])],
+    )
+    made = helper.make_model(main, functions=[function], opset_imports=[*opsets, helper.make_opsetid("mine", 1)])
+    made.ir_version = 8
+    return made
+
+
+def _external() -> TensorProto:
+    tensor = TensorProto(name="w", dims=[4], data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="weights.bin")
+    return tensor
+
+
+def _branch(weight: TensorProto) -> GraphProto:
+    output = helper.make_tensor_value_info("b", TensorProto.FLOAT, [4])
+    return helper.make_graph([helper.make_node("Identity", ["w"], ["b"])], "branch", [], [output], [weight])
+
+
+def test_weights_inside_functions_are_read_from_beside_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However deep they are nested, and never from the current directory."""
+    (tmp_path / "model").mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "weights.bin").write_bytes(np.full(4, 666, np.float32).tobytes())
+    monkeypatch.chdir(elsewhere)
+    file = _written(tmp_path / "model", _hidden(_branch(_external())).SerializeToString())
+    with pytest.raises(ModelError):
+        read_model(file)
+    wanted = np.arange(4, dtype=np.float32).tobytes()
+    (tmp_path / "model" / "weights.bin").write_bytes(wanted)
+
+    for attribute in read_model(file).functions[0].node[0].attribute:
+        assert wanted == attribute.g.initializer[0].raw_data
+
+
+def test_weights_where_none_belong_are_refused(tmp_path: Path) -> None:
+    """A tensor outside the model, in a place that no reader is meant to look at, is not left there."""
+    made = conv_net()
+    made.graph.node[0].attribute.add(name="hidden", type=AttributeProto.INT, i=1).t.CopyFrom(_external())
+    np.zeros(4, np.float32).tofile(tmp_path / "weights.bin")
+
+    with pytest.raises(ModelError) as caught:
+        read_model(_written(tmp_path, made.SerializeToString()))
+
+    assert "'w'" in caught.value.problem
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import edge_sdk
+from edge_sdk.compile.evaluate import evaluate
 from edge_sdk.compile.pipeline import build_engine
-from edge_sdk.compile.verify import evaluate
 from edge_sdk.profiles import DeviceProfile
 from edge_sdk.tensors import Array
 

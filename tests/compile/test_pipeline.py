@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import ModelProto, TensorProto, helper
 
 import edge_sdk
+from edge_sdk.compile import pipeline
+from edge_sdk.compile.evaluate import evaluate
+from edge_sdk.compile.modernize import ModernGraph
 from edge_sdk.compile.pipeline import build, build_engine
-from edge_sdk.compile.verify import evaluate
 from edge_sdk.errors import DataError, EdgeSdkError, ModelError, PackageError, ProfileError, SpecError
 from edge_sdk.package import EnginePackage
 from edge_sdk.profiles import DeviceProfile
-from tests.compile.graphs import conv_net, pictures
+from tests.compile.graphs import conv_net, model, pictures
 
 
 def _edit(folder: Path, old: str, new: str) -> None:
@@ -298,6 +302,117 @@ def test_faults_are_told_apart(
     assert before == _files(engine_folder)
 
 
+def _photos(folder: Path, preprocess: str, **shape: list[int | str]) -> Path:
+    """An engine spec for photos, whose model averages an input of `shape`."""
+    (input_shape,) = shape.values()
+    nodes = [helper.make_node("ReduceMean", ["x"], ["y"], axes=[2, 3], keepdims=0)]
+    graph = model(nodes, {"x": input_shape}, {"y": [input_shape[0], input_shape[1]]})
+    (folder / "net.onnx").write_bytes(graph.SerializeToString())
+    (folder / "engine.toml").write_text(
+        f'name = "net"\nmodel = "net.onnx"\ntask = "image-classification"\n[preprocess]\n{preprocess}\n'
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "shape", "words"),
+    [
+        ("resize = [8, 8]", [4, 3, 8, 8], ["[4, 3, 8, 8]", "batch 1"]),
+        ("resize = [8, 8]", ["N", 1, 8, 8], ["[1, 3, 8, 8]", "['N', 1, 8, 8]", "color"]),
+        ('resize = [8, 8]\ncolor = "L"', ["N", 3, 8, 8], ["[1, 1, 8, 8]", "color"]),
+        ("resize = [8, 9]", [1, 3, 8, 8], ["[1, 3, 8, 9]", "[1, 3, 8, 8]", "resize"]),
+        ("resize_short_side = 9\ncenter_crop = 8", ["N", 3, 9, 9], ["[1, 3, 8, 8]", "center_crop"]),
+        ("resize_short_side = 9", ["N", 3, 8, 8], ["resize_short_side"]),
+        ('resize = [8, 8]\nlayout = "NHWC"', ["N", 3, 8, 8], ["[1, 8, 8, 3]", "layout"]),
+    ],
+)
+def test_photos_must_fit_the_model(
+    tmp_path: Path, cpu: DeviceProfile, preprocess: str, shape: list[int | str], words: list[str]
+) -> None:
+    """An engine that would answer every photo with an error is not built; both shapes are said, and what to change."""
+    with pytest.raises(SpecError) as caught:
+        build_engine(_photos(tmp_path, preprocess, shape=shape), profile=cpu, precision="fp32")
+
+    for word in words:
+        assert word.replace("'", "") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "shape"),
+    [
+        ("resize = [8, 9]", [1, 3, 8, 9]),
+        ("resize = [8, 9]", ["N", 3, "H", "W"]),
+        ("resize_short_side = 8", ["N", 3, "H", "W"]),
+        ("resize_short_side = 9\ncenter_crop = 8", ["N", 3, 8, 8]),
+        ("resize_short_side = 8", [1, 3, 8, 10]),
+        ('resize = [8, 8]\nlayout = "NHWC"', ["N", 8, 8, 3]),
+    ],
+)
+def test_photos_that_fit_are_built(tmp_path: Path, cpu: DeviceProfile, preprocess: str, shape: list[int | str]) -> None:
+    """Free axes take what comes, and a short side alone leaves the other one to the photo."""
+    assert "net" == build_engine(_photos(tmp_path, preprocess, shape=shape), profile=cpu, precision="fp32").name
+
+
+@pytest.mark.parametrize("missing", ["inputs", "outputs"])
+def test_models_without_inputs_or_outputs_are_refused(tmp_path: Path, cpu: DeviceProfile, missing: str) -> None:
+    """There would be nothing to ask, or no answer."""
+    nodes = [helper.make_node("Identity", ["w" if missing == "inputs" else "x"], ["y"])]
+    weights = {"w": np.zeros(2, np.float32)}
+    graph = model(nodes, {} if missing == "inputs" else {"x": [2]}, {} if missing == "outputs" else {"y": [2]}, weights)
+    (tmp_path / "net.onnx").write_bytes(graph.SerializeToString())
+
+    with pytest.raises(ModelError) as caught:
+        build_engine(tmp_path / "net.onnx", profile=cpu)
+
+    assert f"no {missing}" in caught.value.problem
+
+
+@pytest.mark.parametrize("fault", ["unloadable", "shape", "dtype", "integers"])
+@pytest.mark.parametrize("both", [False, True])
+def test_graphs_that_answer_otherwise_are_not_trusted(
+    tmp_path: Path, cpu: DeviceProfile, monkeypatch: pytest.MonkeyPatch, fault: str, both: bool
+) -> None:
+    """A simplified graph that fails, or answers in another form, is left out; if the other one does too, none is built.
+
+    The faults stand for those of other people's graph surgery, which are not to be had to order.
+    """
+    nodes = [
+        helper.make_node("Add", ["x", "w"], ["y"]),
+        helper.make_node("ArgMax", ["y"], ["best"], axis=1, keepdims=0),
+    ]
+    weights = {"w": np.array([1, 3, 2], np.float32)}
+    sound = model(nodes, {"x": ["N", 3]}, {"y": ["N", 3]}, weights)
+    sound.graph.output.append(helper.make_tensor_value_info("best", TensorProto.INT64, ["N"]))
+    (tmp_path / "net.onnx").write_bytes(sound.SerializeToString())
+    broken = ModelProto()
+    broken.CopyFrom(sound)
+    add, best = broken.graph.node
+    if fault == "unloadable":
+        add.op_type = "NoSuchOperator"
+    elif fault == "shape":
+        best.attribute[1].i = 1
+        del broken.graph.output[1].type.tensor_type.shape.dim[:]
+        broken.graph.output[1].type.tensor_type.ClearField("shape")
+    elif fault == "dtype":
+        add.output[0] = "z"
+        broken.graph.node.insert(1, helper.make_node("Cast", ["z"], ["y"], to=TensorProto.DOUBLE))
+        broken.graph.output[0].type.tensor_type.elem_type = TensorProto.DOUBLE
+    else:
+        best.op_type = "ArgMin"
+    monkeypatch.setattr(
+        pipeline,
+        "modern_graph",
+        lambda model, summary, simplify=True: ModernGraph(broken if simplify or both else sound),
+    )
+    if both:
+        with pytest.raises(ModelError):
+            build_engine(tmp_path / "net.onnx", profile=cpu, precision="fp32")
+        return
+    package = build_engine(tmp_path / "net.onnx", profile=cpu, precision="fp32")
+
+    assert "Simplifying" in package.read("report.md").decode()
+
+
 def test_evaluate_beside_another_package(engine_folder: Path, cpu: DeviceProfile, tmp_path: Path) -> None:
     """Two packages on the same data: agreement and latency of both."""
     int8 = build_engine(engine_folder, profile=cpu, precision="int8", output=tmp_path / "int8")
@@ -311,3 +426,12 @@ def test_evaluate_beside_another_package(engine_folder: Path, cpu: DeviceProfile
     assert found.package.top1_percent is not None
     assert found.package.bytes < found.against.bytes
     json.dumps(found.to_dict())
+
+
+def test_both_builds_take_the_same_arguments() -> None:
+    """`help(edge_sdk.build_engine)` names every argument with its type, and what comes back."""
+    ours, theirs = inspect.signature(edge_sdk.build_engine), inspect.signature(build)
+
+    assert theirs.parameters == ours.parameters
+    assert "EnginePackage" == ours.return_annotation
+    assert {"source", "profile", "precision", "calibration"} < set(ours.parameters)

@@ -9,7 +9,7 @@ from onnx import ModelProto, helper
 from edge_sdk.backends.base import Engine
 from edge_sdk.backends.onnxruntime import OnnxRuntimeBackend
 from edge_sdk.compile.datasets import Sample
-from edge_sdk.compile.verify import EXACT_DB, bench, best_batch, can_stack, judge, throughput, time_engines
+from edge_sdk.compile.verify import EXACT_DB, best_batch, can_stack, judge, throughput, time_engines
 from edge_sdk.errors import DataError
 from edge_sdk.profiles import DeviceProfile
 from tests.compile.graphs import conv_net, model, pictures
@@ -71,6 +71,15 @@ def test_nan_is_noticed(cpu: DeviceProfile) -> None:
         judge(bad, [good], _samples([None]), classes=True)
 
 
+def test_another_shape_is_another_answer(cpu: DeviceProfile) -> None:
+    """As many rows as were found, for instance: outputs that cannot be subtracted have nothing in common."""
+    nodes = [helper.make_node("Concat", ["x", "x"], ["y"], axis=0)]
+    twice = _engine(model(nodes, {"x": ["N", 3]}, {"y": ["M", 3]}), cpu)
+    found = judge(_identity([0, 0, 0], cpu), [twice], _samples([None]), classes=False)
+
+    assert -EXACT_DB == found.candidates[0].snr_db
+
+
 def test_labels_beyond_the_classes_are_refused(cpu: DeviceProfile) -> None:
     """A date at the beginning of a file name is not a class."""
     engine = _identity([0, 0, 0], cpu)
@@ -110,4 +119,3 @@ def test_timing_gives_one_median_an_engine(cpu: DeviceProfile) -> None:
     engine = _engine(conv_net(), cpu)
 
     assert 2 == len(time_engines([engine, engine], {"image": pictures(1)}, seconds=0.1))
-    assert bench(engine, {"image": pictures(1)}, seconds=0.05).p99_ms > 0

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from edge_sdk.errors import Malformed, NoAnswer, QueueFull, RequestError
+from edge_sdk.errors import Malformed, NoAnswer, QueueFull, RequestError, SettingsError
 from edge_sdk.mqtt.answers import Answer, ClientCodec, described, encoder
 from edge_sdk.mqtt.codec import HEADER_LENGTH
 from edge_sdk.mqtt.transports.base import Message, MqttVersion, Properties
@@ -46,6 +46,12 @@ def test_a_request_leaves_an_address_that_its_answer_has(version: MqttVersion) -
         assert (f"edge/v1/dev/models/m/infer/me/{2**62 + 7}", Properties()) == (sent.topic, sent.properties)
         back = Message(f"{RESULT}/{sent.topic.rpartition('/')[2]}", b"")
     assert 2**62 + 7 == CODEC.key(back)
+
+
+def test_a_version_cannot_be_asked_for_on_3_1_1() -> None:
+    """Not even where the connection changed to it after the request was made: another version is not the same."""
+    with pytest.raises(SettingsError, match="'2' needs MQTT 5"):
+        CODEC.request(1, "dev", "m", encoder(b"x")(4), version="2", protocol=4, remaining_s=1)
 
 
 @pytest.mark.parametrize("remaining_s", [-1.0, 0.0, 1e18, float("inf")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from edge_sdk.mqtt.transports.base import Connected, ConnectOptions, Message, Re
 from edge_sdk.mqtt.transports.paho import PahoTransport
 from tests.brokers import eventually, free_port, listens
 from tests.transports.conftest import Driver
-from tests.transports.test_hostile import after_connect, fake_broker
+from tests.transports.test_hostile import CONNACK_5, after_connect, fake_broker
 
 
 @pytest.fixture(params=["mosquitto", "amqtt"])
@@ -146,6 +147,42 @@ def test_what_is_no_broker_is_told_apart() -> None:
     assert "Not authorized" in refusing.detail
 
 
+def test_the_probe_says_who_it_is() -> None:
+    """With the daemon's credentials the probe finds what the daemon will find."""
+    connects: list[bytes] = []
+
+    def talk(connection: socket.socket) -> None:
+        connects.append(connection.recv(4096))
+        connection.sendall(CONNACK_5)
+
+    with fake_broker(talk) as port:
+        found = find_broker(f"mqtt://127.0.0.1:{port}", username="somebody", password="secret")
+
+    assert found.reachable
+    assert b"\0\x08somebody\0\x06secret" in connects[0]
+    assert "secret" not in repr(found)
+
+
+@pytest.mark.parametrize("answer", [b"\x20\x03\x00\x87\x00", CONNACK_5, b"HTTP", None])
+def test_the_probe_closes_what_it_opened(monkeypatch: pytest.MonkeyPatch, answer: bytes | None) -> None:
+    """Whatever answered, or if nobody did."""
+    closed: list[bool] = []
+
+    class Closing(PahoTransport):
+        def close(self, *, send_will: bool = False) -> None:
+            super().close(send_will=send_will)
+            closed.append(self._sock is None)
+
+    monkeypatch.setattr(broker_module, "PahoTransport", Closing)
+    if answer is None:
+        assert not find_broker(f"mqtt://127.0.0.1:{free_port()}").reachable
+    else:
+        with fake_broker(after_connect(answer, hang_up=True)) as port:
+            find_broker(f"mqtt://127.0.0.1:{port}")
+
+    assert [True] == closed
+
+
 def test_a_url_says_all_there_is_to_say() -> None:
     """User, password, host, port and TLS come from the URL; arguments win."""
     full = connect_options("mqtts://me:p%40ss@broker.example:1234", client_id="c", keepalive_s=7)
@@ -189,5 +226,6 @@ def test_tls_is_spoken_and_checked(tmp_path: Path) -> None:
 
         assert isinstance(connected, Connected)
         assert (b"before", payload) == (small.message.payload, large.message.payload)
+        assert find_broker(f"mqtts://127.0.0.1:{broker.port}", tls_ca_file=os.fspath(certificate)).reachable
         with pytest.raises(BrokerError, match=r"certificate"):
             PahoTransport().open(ConnectOptions("127.0.0.1", broker.port, "c", tls=True), timeout_s=5)

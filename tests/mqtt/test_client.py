@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from edge_sdk.mqtt import topics
 from edge_sdk.mqtt.client import Client
 from edge_sdk.mqtt.topics import InferTopic, Topics
 from edge_sdk.mqtt.transports.base import Acknowledged, ConnectOptions, Message, MqttVersion
-from edge_sdk.mqtt.transports.memory import MemoryBroker
+from edge_sdk.mqtt.transports.memory import MemoryBroker, MemoryTransport
 from edge_sdk.mqtt.transports.paho import PahoTransport
 from tests.brokers import MOSQUITTO, Broker, eventually, running_amqtt, running_mosquitto
 from tests.mqtt.responder import Reply, Responder, echo, error
@@ -599,3 +600,71 @@ def test_a_description_that_is_no_json_is_no_answer(device: Device, client: Conn
 
     with pytest.raises(NoAnswer, match="b'not json'"):
         ask.info()
+
+
+def answers_of(client_id: str, version: MqttVersion) -> str:
+    return f"edge/v1/reply/{client_id}" if version == 5 else f"edge/v1/+/models/+/result/{client_id}/+"
+
+
+def test_a_client_that_may_not_read_its_answers_is_told_at_once(version: MqttVersion) -> None:
+    """The constructor names the filter that the broker refused."""
+    mine = answers_of("me", version)
+    broker = MemoryBroker(forbidden=[mine])
+
+    with pytest.raises(BrokerError, match=re.escape(mine)):
+        Client("mqtt://memory", client_id="me", protocol=protocol(version), transport=broker.transport())
+
+
+def test_answers_that_are_forbidden_later_end_what_is_pending(version: MqttVersion) -> None:
+    """The broker's rules changed while the client was away: what waits, and what is asked then, fails at once, named;
+    and the broker is not asked again and again."""
+    mine = answers_of("me", version)
+    broker = MemoryBroker()
+    options = ConnectOptions("memory", 1883, "dev", version=version, clean_start=True)
+    transport = Counting(broker)
+    with (
+        Responder(broker.transport(), options, lambda _m, _n: []),
+        Client("mqtt://memory", client_id="me", device="dev", protocol=protocol(version), transport=transport) as ask,
+    ):
+        pending = ask.submit("m", b"x")
+        broker.forbidden = [mine]
+        broker.cut("me")
+
+        with pytest.raises(BrokerError, match=re.escape(mine)):
+            pending.result(5)
+        with pytest.raises(BrokerError, match=re.escape(mine)):
+            ask.infer("m", b"x", timeout_s=5)
+        assert 2 == transport.subscriptions
+
+        broker.forbidden = []
+        broker.cut("me")
+        eventually(lambda: ask.statistics.reconnects == 2, "the client is back")
+        with pytest.raises(NoAnswer):
+            ask.infer("m", b"x", timeout_s=0.3)
+
+
+class Counting(MemoryTransport):
+    """Counts the SUBSCRIBEs that leave."""
+
+    subscriptions = 0
+
+    def subscribe(self, filters: Sequence[str], *, qos: Literal[0, 1] = 1, retained: bool = True) -> int:
+        self.subscriptions += 1
+        return super().subscribe(filters, qos=qos, retained=retained)
+
+
+def test_devices_that_may_not_be_seen_are_the_reason(version: MqttVersion) -> None:
+    """Where availability is forbidden no device is seen, and the error says whose doing that is."""
+    everyone = topics.everyones_availability(topics.DEFAULT_ROOT)
+    broker = MemoryBroker(forbidden=[everyone])
+    options = ConnectOptions("memory", 1883, "dev", version=version, clean_start=True)
+    with (
+        Responder(broker.transport(), options),
+        Client("mqtt://memory", protocol=protocol(version), transport=broker.transport()) as ask,
+    ):
+        with pytest.raises(NoAnswer, match=rf"refused.*{re.escape(everyone)}"):
+            ask.infer("m", b"x")
+        with pytest.raises(NoAnswer, match=rf"refused.*{re.escape(everyone)}"):
+            ask.devices()
+        if version == 5:
+            assert 200 == ask.infer("m", b"x", device="dev").status

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_sdk.errors import EdgeSdkError, NoAnswer, QueueFull
+from edge_sdk.errors import BrokerError, EdgeSdkError, NoAnswer, QueueFull
 from edge_sdk.mqtt.pending import FIRST_RESEND_S, SETTLE_S, Fail, PendingRequest, PendingRequests, Send
 
 
@@ -128,6 +128,21 @@ def _turn(pending: PendingRequests, now: float) -> list[EdgeSdkError]:
             pending.sent(action.request, action.request.key)
             pending.acknowledged(action.request.key, 0x10, now)
     return failed
+
+
+@pytest.mark.parametrize(
+    ("device", "knows_listeners", "is_said"), [(None, True, True), ("dev", False, True), ("dev", True, False)]
+)
+def test_what_may_not_be_seen_is_said(device: str | None, knows_listeners: bool, is_said: bool) -> None:
+    """Where only availability can tell who listens, its refusal is the reason; not where PUBACK told."""
+    pending = table(knows_listeners=knows_listeners)
+    pending.subscribed_to_availability(-SETTLE_S, BrokerError("It refused a/b/+/availability.", fix="Allow it."))
+    pending.add(device, "m", deadline=30, now=0)
+
+    ((_, error),) = [(tenth, error) for tenth in range(20) for error in _turn(pending, tenth / 10)]
+
+    assert isinstance(error, NoAnswer)
+    assert is_said == ("a/b/+/availability. Allow it." in str(error))
 
 
 def test_a_known_device_is_waited_for() -> None:

@@ -72,3 +72,33 @@ def test_another_version_is_tried_at_once(reconnection: Reconnection) -> None:
     assert (first, reconnection.version) == (5, 4)
     assert pause_s == 0.0
     assert reconnection.due(0.0)
+
+
+def test_a_hang_up_at_the_start_is_not_remembered_for_ever(reconnection: Reconnection) -> None:
+    """A broker that was just starting hung up on MQTT 5: 3.1.1 lasts for that connection, the next begins with 5."""
+    reconnection.closed(None, 0.0)
+    first = reconnection.version
+    reconnection.connected(1.0)
+    during = reconnection.version
+    reconnection.closed(None, 100.0)
+
+    assert [4, 4, 5] == [first, during, reconnection.version]
+    assert reconnection.patience_s(10) < 10
+
+
+def test_a_refusal_in_so_many_words_is_remembered(reconnection: Reconnection) -> None:
+    reconnection.refused(0x84, 0.0)
+    reconnection.connected(1.0)
+    reconnection.closed(None, 100.0)
+
+    assert 4 == reconnection.version
+
+
+def test_a_set_version_stays() -> None:
+    """Who says 3.1.1 gets 3.1.1, whatever happens."""
+    pinned = Reconnection("3.1.1")
+    pinned.closed(None, 0.0)
+    pinned.connected(1.0)
+    pinned.closed(None, 100.0)
+
+    assert 4 == pinned.version

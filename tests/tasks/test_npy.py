@@ -81,11 +81,17 @@ def test_a_plain_array_is_a_view() -> None:
         (headed("__import__('os').system('false')"), Malformed),
         (headed("{'descr': '<f4'}"), Malformed),
         (headed("(" * 3000), Malformed),
+        (headed("{[]: 1}"), Malformed),
+        (headed("{1: 1, 'a': 2}"), Malformed),
+        (headed("'''"), Malformed),
+        (headed("{'descr': 'f4,,', 'fortran_order': False, 'shape': (1,)}", bytes(4)), Malformed),
+        (headed("{'descr': [1], 'fortran_order': False, 'shape': (1,)}", bytes(4)), Malformed),
         (b"\x93NUMPY", Malformed),
         (b"", Malformed),
     ],
     ids=["objects", "text", "dates", "complex", "long double", "records", "1 GB header", "short", "long",
-         "negative axis", "2^65 elements", "zero times 2^65", "code", "half a header", "nested", "magic", "nothing"],
+         "negative axis", "2^65 elements", "zero times 2^65", "code", "half a header", "nested",
+         "unhashable", "keys without order", "open string", "no dtype", "no field", "magic", "nothing"],
 )  # fmt: skip
 def test_what_is_refused(data: bytes, expected: type[RequestError]) -> None:
     """No objects, no lies about sizes, no code: and no memory spent on finding out."""

@@ -280,6 +280,50 @@ def test_what_is_no_tensor_is_invalid(case: str) -> None:
     assert time.process_time() - started < 0.05
 
 
+LONG = "x" * 200_000
+DIGITS = 10**4000
+
+WORDY = {
+    "a tensor twice": binary(*[{**X, "name": LONG, "parameters": {"binary_data_size": 8}}] * 2, tensors=bytes(16)),
+    "no data": (body({**X, "name": LONG}), None),
+    "too few elements": (body({**X, "name": LONG, "data": [1]}), None),
+    "the wrong elements": (body({**X, "name": LONG, "data": ["a", "b"]}), None),
+    "elements that do not fit": (body({**X, "name": LONG, "datatype": "INT8", "data": [500, 1]}), None),
+    "an element too large": (body({**X, "name": LONG, "data": [1e300, 1]}), None),
+    "no size": binary({**X, "name": LONG, "parameters": {"binary_data_size": -1}}),
+    "too large a size": binary({**X, "name": LONG, "parameters": {"binary_data_size": DIGITS}}),
+    "the wrong size": binary({**X, "name": LONG, "parameters": {"binary_data_size": 4}}, tensors=bytes(4)),
+    "no strings": binary(
+        {**X, "name": LONG, "datatype": "BYTES", "parameters": {"binary_data_size": 4}}, tensors=bytes(4)
+    ),
+    "cut strings": binary(
+        {**X, "name": LONG, "datatype": "BYTES", "parameters": {"binary_data_size": 10}}, tensors=bytes([6]) + bytes(9)
+    ),
+    "a string too long": binary(
+        {**X, "name": LONG, "datatype": "BYTES", "parameters": {"binary_data_size": 8}}, tensors=b"\xff" * 8
+    ),
+    "more than strings": binary(
+        {**X, "name": LONG, "datatype": "BYTES", "parameters": {"binary_data_size": 9}}, tensors=bytes(9)
+    ),
+    "an unknown datatype": (body({**X, "name": LONG, "datatype": LONG, "data": [1, 2]}), None),
+    "no shape": (body({**X, "name": LONG, "shape": LONG, "data": [1, 2]}), None),
+    "negative axes": (body({**X, "shape": [-DIGITS] * 16, "data": [1, 2]}), None),
+    "long axes": (body({**X, "shape": [DIGITS] * 16, "data": [1, 2]}), None),
+    "a choice": (body({**X, "data": [1, 2]}, outputs=[{"name": LONG, "parameters": {"binary_data": 1}}]), None),
+    "a count": (body({**X, "data": [1, 2]}, outputs=[{"name": LONG, "parameters": {"classification": -1}}]), None),
+}
+
+
+@pytest.mark.parametrize("case", WORDY)
+def test_an_error_is_short(case: str) -> None:
+    """What a stranger sends is not sent back at length: names and numbers are cut."""
+    data, header_length = WORDY[case]
+    with pytest.raises((Malformed, InvalidTensor)) as caught:
+        decode_request(data, header_length)
+
+    assert len(str(caught.value)) < 400
+
+
 @pytest.mark.parametrize(
     ("payload", "header_length", "expected"),
     [

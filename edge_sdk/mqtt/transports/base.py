@@ -33,6 +33,16 @@ from typing import Literal, Protocol, Union
 MqttVersion = Literal[4, 5]
 """4 is MQTT 3.1.1, as in the CONNECT packet."""
 
+NO_MATCHING_SUBSCRIBERS = 0x10
+FAILURE = 0x80
+"""Reason codes from here on are refusals; of SUBSCRIBE in 3.1.1, the only one."""
+UNSUPPORTED_VERSION = 0x84
+BAD_CREDENTIALS = 0x86
+NOT_AUTHORIZED = 0x87
+SESSION_TAKEN_OVER = 0x8E
+QUOTA_EXCEEDED = 0x97
+"""The reason codes that somebody of ours acts on, by their names in MQTT 5 (2.4)."""
+
 
 @dataclass(frozen=True)
 class Properties:

@@ -16,12 +16,18 @@ import dataclasses
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from edge_sdk.errors import BrokerError, TooLarge
 from edge_sdk.mqtt.transports.base import (
+    BAD_CREDENTIALS,
+    FAILURE,
+    NO_MATCHING_SUBSCRIBERS,
+    NOT_AUTHORIZED,
+    SESSION_TAKEN_OVER,
+    UNSUPPORTED_VERSION,
     Acknowledged,
     BrokerLimits,
     Closed,
@@ -36,11 +42,6 @@ from edge_sdk.mqtt.transports.base import (
     Will,
 )
 from edge_sdk.mqtt.transports.packets import publish_size
-
-NO_SUBSCRIBERS = 0x10
-UNSUPPORTED_VERSION = 0x84
-BAD_CREDENTIALS = 0x86
-TAKEN_OVER = 0x8E
 
 
 def topic_matches(topic_filter: str, topic: str) -> bool:
@@ -83,7 +84,7 @@ class MemoryBroker:
     """The broker: shared by any number of transports, from any threads of one process.
 
     `versions` are the MQTT versions it speaks; `users` maps names to passwords (None: anybody may come); `limits` is
-    what its CONNACK says, and is held against clients.
+    what its CONNACK says, and is held against clients; `forbidden` are topic filters that nobody may subscribe to.
     """
 
     def __init__(
@@ -92,11 +93,13 @@ class MemoryBroker:
         versions: Sequence[MqttVersion] = (4, 5),
         users: Mapping[str, str] | None = None,
         limits: BrokerLimits | None = None,
+        forbidden: Collection[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.versions = tuple(versions)
         self.users = users
         self.limits = limits or BrokerLimits()
+        self.forbidden = forbidden
         self.retained: dict[str, Message] = {}
         self._clock = clock
         self._lock = threading.RLock()
@@ -144,7 +147,7 @@ class MemoryBroker:
         self._tick()
         earlier = self._sessions.get(options.client_id)
         if earlier is not None and earlier.transport is not None:
-            code = TAKEN_OVER if options.version == 5 else None
+            code = SESSION_TAKEN_OVER if options.version == 5 else None
             self._disconnect(earlier, Closed("the session was taken over", code), send_will=True)
             earlier = self._sessions.get(options.client_id)
         session = None if options.clean_start else earlier
@@ -219,7 +222,7 @@ class MemoryBroker:
             session, qos = members[turn % len(members)]
             receivers += 1
             self._enqueue(session, passed_on, qos)
-        return 0 if receivers else NO_SUBSCRIBERS
+        return 0 if receivers else NO_MATCHING_SUBSCRIBERS
 
     def _enqueue(self, session: _Session, message: Message, granted: Literal[0, 1]) -> None:
         qos: Literal[0, 1] = 1 if message.qos and granted else 0
@@ -363,8 +366,12 @@ class MemoryTransport:
 
         def act() -> None:
             if self._session is not None:
-                self._deliver(Subscribed(handle, (qos,) * len(filters)))
-                self._broker._subscribe(self._session, filters, qos, retained)
+                five = self._session.options is not None and self._session.options.version == 5
+                no = NOT_AUTHORIZED if five else FAILURE
+                forbidden = self._broker.forbidden
+                self._deliver(Subscribed(handle, tuple(no if name in forbidden else qos for name in filters)))
+                allowed = [name for name in filters if name not in forbidden]
+                self._broker._subscribe(self._session, allowed, qos, retained)
 
         self._when_polled(act)
         return handle

@@ -145,9 +145,9 @@ def encode_publish(message: Message, packet_id: int | None, version: MqttVersion
         parts.append(_U16.pack(packet_id))
     if version == 5:
         properties = _encode_properties(message.properties)
-        parts += (_variable_length(len(properties)), properties)
+        parts += (variable_length(len(properties)), properties)
     head = b"".join(parts)
-    return b"".join((bytes((first,)), _variable_length(len(head) + len(message.payload)), head))
+    return b"".join((bytes((first,)), variable_length(len(head) + len(message.payload)), head))
 
 
 def publish_size(message: Message, version: MqttVersion) -> int:
@@ -285,7 +285,8 @@ def _variable_int(data: memoryview, position: int) -> tuple[int, int]:
             raise MalformedPacket("a length of more than four bytes (1.5.5)")
 
 
-def _variable_length(value: int) -> bytes:
+def variable_length(value: int) -> bytes:
+    """A length as the wire has it, seven bits a byte (1.5.5)."""
     if value < 0x80:
         return bytes((value,))
     if value > MAX_REMAINING_LENGTH:

@@ -15,10 +15,13 @@ from __future__ import annotations
 import selectors
 import socket
 import ssl
+import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, Literal, Union, cast
 
 from paho.mqtt.client import MQTT_CLEAN_START_FIRST_ONLY, Client, ConnectFlags, DisconnectFlags
@@ -59,6 +62,7 @@ from edge_sdk.mqtt.transports.packets import (
     decode_publish_head,
     encode_puback,
     encode_publish,
+    variable_length,
 )
 
 MESSAGES_A_POLL = 64
@@ -483,11 +487,7 @@ class _Wire:
     def put(self, first: int, body: memoryview) -> None:
         """A whole packet for paho to read. Its length is written anew, for the original is behind us."""
         self.inbound.append(first)
-        length = len(body)
-        while length > 0x7F:
-            self.inbound.append(length & 0x7F | 0x80)
-            length >>= 7
-        self.inbound.append(length)
+        self.inbound += variable_length(len(body))
         self.inbound += body
 
     def recv(self, size: int) -> bytes:
@@ -561,8 +561,8 @@ def _connect(options: ConnectOptions, timeout_s: float) -> _Socket:
     address = f"{options.host}:{options.port}"
     give_up_at = time.monotonic() + timeout_s
     try:
-        sock: _Socket = socket.create_connection((options.host, options.port), timeout=timeout_s)
-    except OSError as err:
+        sock: _Socket = _reach(_addresses(options.host, options.port, timeout_s), give_up_at)
+    except (OSError, ValueError, OverflowError) as err:  # ValueError: names such as `a..b` that no resolver takes
         raise BrokerError(
             f"The MQTT broker at {address} cannot be reached: {_why(err)}.",
             fix="Check the address, and that the broker is running and listens there.",
@@ -582,6 +582,62 @@ def _connect(options: ConnectOptions, timeout_s: float) -> _Socket:
             fix="Check the certificate authority (tls_ca_file), the host name, and that this is the broker's TLS port.",
         ) from err
     return sock
+
+
+def _addresses(host: str, port: int, timeout_s: float) -> list[Any]:
+    """What getaddrinfo finds, or gaierror; within `timeout_s`.
+
+    It has no limit of its own (5 s and more for each name server that is silent) and cannot be interrupted: it runs on
+    a thread that is left behind. The next attempt waits for that same look-up, and takes what it found meanwhile.
+    """
+    try:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        pass  # a name
+    lookup = _lookups.get((host, port))
+    if lookup is None or (lookup.done() and lookup.exception() is not None):
+        lookup = _lookups[host, port] = Future()
+        threading.Thread(target=_look_up, args=(lookup, host, port), name=f"look-up of {host}", daemon=True).start()
+    try:
+        found = lookup.result(timeout_s)
+    except FutureTimeoutError:
+        problem = f"no name server answered within {timeout_s:.1f} s"
+        raise socket.gaierror(socket.EAI_AGAIN, problem) from None
+    _lookups.pop((host, port), None)
+    return found
+
+
+_lookups: dict[tuple[str, int], Future[list[Any]]] = {}
+
+
+def _look_up(lookup: Future[list[Any]], host: str, port: int) -> None:
+    try:
+        lookup.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    except Exception as err:
+        lookup.set_exception(err)
+
+
+def _reach(addresses: list[Any], give_up_at: float) -> socket.socket:
+    """A connection to the first address that answers; each may take its share of the time that is left."""
+    problem: OSError = TimeoutError()
+    for index, (family, kind, protocol, _, address) in enumerate(addresses):
+        left_s = (give_up_at - time.monotonic()) / (len(addresses) - index)
+        if left_s <= 0:
+            break
+        try:
+            sock = socket.socket(family, kind, protocol)
+        except OSError as err:  # a family that this kernel does not have
+            problem = err
+            continue
+        try:
+            sock.settimeout(left_s)
+            sock.connect(address)
+        except OSError as err:
+            sock.close()
+            problem = err
+        else:
+            return sock
+    raise problem
 
 
 def _why(err: Exception) -> str:
