@@ -40,12 +40,13 @@ from edge_sdk.errors import (
 )
 from edge_sdk.mqtt import presence
 from edge_sdk.mqtt.address import connect_options
-from edge_sdk.mqtt.backoff import SESSION_TAKEN_OVER
 from edge_sdk.mqtt.codec import Codec
 from edge_sdk.mqtt.reconnection import Reconnection
 from edge_sdk.mqtt.session import Acknowledge, Publish, ReplyRoute, Session
 from edge_sdk.mqtt.topics import Topics
 from edge_sdk.mqtt.transports.base import (
+    FAILURE,
+    SESSION_TAKEN_OVER,
     Acknowledged,
     Closed,
     Connected,
@@ -297,7 +298,7 @@ class Daemon:
         self._changed = True
 
     def _on_subscribed(self, event: Subscribed) -> None:
-        refused = [code for code in event.codes if code >= 0x80]
+        refused = [code for code in event.codes if code >= FAILURE]
         if refused:
             log.error(
                 "The broker refused a subscription (reason %#04x), so requests will not arrive: allow this device to "

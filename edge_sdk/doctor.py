@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from edge_sdk import __version__, console
 from edge_sdk.backends.registry import NAMES, backend
-from edge_sdk.errors import EdgeSdkError, ProfileError
+from edge_sdk.errors import EdgeSdkError, ProfileError, SettingsError
 from edge_sdk.mqtt.broker import find_broker, find_mosquitto
 from edge_sdk.package import EnginePackage, package_folders
 from edge_sdk.profiles import Machine, detect, load_profiles
@@ -121,7 +121,18 @@ def _extras(machine: Machine, settings: Settings) -> Iterator[Finding]:
 def _broker(machine: Machine, settings: Settings) -> Iterator[Finding]:
     binary = find_mosquitto()
     yield Finding("mosquitto", "ok" if binary else "note", binary or "the broker's binary is not on this machine")
-    found = find_broker(settings.broker.url, timeout_s=3.0)
+    try:
+        password = settings.password()
+    except SettingsError as exc:
+        yield Finding("broker", "fault", exc.problem, exc.fix)
+        return
+    found = find_broker(
+        settings.broker.url,
+        timeout_s=3.0,
+        username=settings.broker.username,
+        password=password.get_secret_value() if password is not None else None,
+        tls_ca_file=str(settings.broker.ca_file) if settings.broker.ca_file is not None else None,
+    )
     if found.reachable:
         yield Finding("broker", "ok", f"{settings.broker.url}: {found.detail}")
     else:

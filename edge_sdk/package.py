@@ -251,7 +251,8 @@ class EnginePackage:
                 f"it was built for {self.manifest.architecture} (profile {self.manifest.profile}), "
                 f"this machine is {machine.architecture}",
             )
-        profile = self._profile_if_sound() if self.manifest.precision == "int8" else None
+        flags_matter = self.manifest.precision == "int8" and machine.cpu_flags  # none: they could not be read
+        profile = self._profile_if_sound() if flags_matter else None
         if profile is not None and (lacking := lacking_cpu_flags(machine, profile)):
             return (
                 f"its INT8 was made for {profile.title}, this machine's CPU has no {lacking}, "

@@ -247,7 +247,13 @@ def _read_error(payload: bytes, status: int, retry_after: str | None) -> EdgeSdk
         return Malformed(f"The device answered with status {status} and a body that is no error: {payload[:80]!r}.")
     wait = retry_after if retry_after is not None else body.get("retry_after_ms")
     retry_after_ms = _number(str(wait), -1) if wait is not None else -1
-    return request_error(code, text, retry_after_ms if retry_after_ms >= 0 else None)
+    retryable = body.get("retryable")
+    return request_error(
+        code,
+        text,
+        retry_after_ms if retry_after_ms >= 0 else None,
+        retryable if isinstance(retryable, bool) else None,
+    )
 
 
 def _timing(text: str) -> dict[str, float]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+from edge_sdk.mqtt.transports.base import SESSION_TAKEN_OVER
+
 SHORTEST_S = 0.1
 LONGEST_S = 5.0
 REFUSED_S = 5.0
 TAKEN_OVER_S = 60.0
-SESSION_TAKEN_OVER = 0x8E
 
 
 class Backoff:

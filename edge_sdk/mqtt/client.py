@@ -528,9 +528,10 @@ class Client:
         job = self._jobs[request]
         try:
             answer = self._codec.answer(message, job.model, request.device or "")
-        except (QueueFull, Unavailable) as error:
-            self._pending.put_off(request, error, now)
         except EdgeSdkError as error:
+            if isinstance(error, (QueueFull, Unavailable)) and error.retryable:
+                self._pending.put_off(request, error, now)
+                return
             self._end(Fail(request, error))
         else:
             del self._jobs[request]

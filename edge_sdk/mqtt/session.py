@@ -32,15 +32,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal, Union
 
-from edge_sdk.mqtt.transports.base import Acknowledged, BrokerLimits, Message, Received
+from edge_sdk.mqtt.transports.base import (
+    FAILURE,
+    NO_MATCHING_SUBSCRIBERS,
+    Acknowledged,
+    BrokerLimits,
+    Message,
+    Received,
+)
 
 DEFAULT_WINDOW = 64
 """Answers in flight. A broker's default Receive Maximum is 65,535; ours bounds what a lost connection sends again."""
 
-NO_MATCHING_SUBSCRIBERS = 0x10
 _COST_OF_OBJECTS = 2048
-FAILURE = 0x80
-"""PUBACK reason codes from here on are refusals."""
+"""Bytes of Python objects around a remembered answer, about."""
 
 _Key = tuple[str, str, bytes]
 """Request topic, reply topic, correlation data: what tells a request from any other."""

@@ -7,7 +7,8 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_sdk.mqtt.backoff import LONGEST_S, REFUSED_S, SESSION_TAKEN_OVER, SHORTEST_S, TAKEN_OVER_S, Backoff
+from edge_sdk.mqtt.backoff import LONGEST_S, REFUSED_S, SHORTEST_S, TAKEN_OVER_S, Backoff
+from edge_sdk.mqtt.transports.base import SESSION_TAKEN_OVER
 
 CHANCES = st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=5)
 

@@ -6,8 +6,9 @@ import math
 
 import pytest
 
-from edge_sdk.mqtt.backoff import SESSION_TAKEN_OVER, Backoff
+from edge_sdk.mqtt.backoff import Backoff
 from edge_sdk.mqtt.reconnection import LASTING_S, Reconnection
+from edge_sdk.mqtt.transports.base import SESSION_TAKEN_OVER
 
 
 @pytest.fixture

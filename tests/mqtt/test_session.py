@@ -9,8 +9,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from edge_sdk.mqtt.session import FAILURE, NO_MATCHING_SUBSCRIBERS, Acknowledge, Intake, Publish, ReplyRoute, Session
-from edge_sdk.mqtt.transports.base import Acknowledged, BrokerLimits, Message, Received
+from edge_sdk.mqtt.session import Acknowledge, Intake, Publish, ReplyRoute, Session
+from edge_sdk.mqtt.transports.base import (
+    FAILURE,
+    NO_MATCHING_SUBSCRIBERS,
+    Acknowledged,
+    BrokerLimits,
+    Message,
+    Received,
+)
 
 ROUTE = ReplyRoute("edge/v1/reply/me", b"7")
 OTHER = ReplyRoute("edge/v1/reply/me", b"8")
