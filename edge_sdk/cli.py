@@ -203,15 +203,19 @@ def inspect(path: Path, as_json: bool) -> None:
 def _show_package(package: EnginePackage, as_json: bool) -> None:
     from edge_sdk.profiles import Machine
 
-    reasons = package.mismatches(Machine.read())
+    machine = Machine.read(gpus=False)
+    reasons, notes = package.mismatches(machine), package.notes(machine)
     package.verify()
     manifest = package.manifest.model_dump(mode="json", exclude_none=True)
     if as_json:
-        click.echo(_json({**manifest, "path": str(package.path), "fits": not reasons, "why_not": list(reasons)}))
+        fit = {"fits": not reasons, "why_not": list(reasons), "notes": list(notes)}
+        click.echo(_json({**manifest, "path": str(package.path), **fit}))
         return
     click.echo("\n".join(_settings_lines(_readable(manifest))))
     click.echo("every file matches its digest")
     click.echo("it fits this machine" if not reasons else f"it does not fit this machine: {'; '.join(reasons)}")
+    for note in notes:
+        click.echo(f"note: {note}")
 
 
 @main.command("build-engine", short_help="Build an engine package.")

@@ -5,7 +5,6 @@ Vendor libraries are looked for without being loaded; versions come from their p
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edge_sdk import __version__, console
+from edge_sdk.backends.base import installed_version
 from edge_sdk.backends.registry import NAMES, backend
 from edge_sdk.errors import EdgeSdkError, ProfileError, SettingsError
 from edge_sdk.mqtt.broker import find_broker, find_mosquitto
@@ -78,7 +78,7 @@ def _profile(machine: Machine, settings: Settings) -> Iterator[Finding]:
 
 def _gpus(machine: Machine, settings: Settings) -> Iterator[Finding]:
     flavours = [
-        f"{module} {_version(module, *distributions)}"
+        f"{module} {installed_version(module, *distributions)}"
         for module, distributions in (
             ("tensorrt", ("tensorrt", "tensorrt_cu13", "tensorrt_cu12")),
             ("tensorrt_rtx", ("tensorrt_rtx", "tensorrt-rtx")),
@@ -115,7 +115,7 @@ def _extras(machine: Machine, settings: Settings) -> Iterator[Finding]:
             fix = f"For {purpose}: pip install 'edge-sdk[{extra}]'."
             yield Finding(distribution, "note", "not installed", fix)
         else:
-            yield Finding(distribution, "ok", f"version {_version(module, distribution)}")
+            yield Finding(distribution, "ok", f"version {installed_version(module, distribution)}")
 
 
 def _broker(machine: Machine, settings: Settings) -> Iterator[Finding]:
@@ -160,16 +160,9 @@ def _package(path: Path, machine: Machine) -> Finding:
         return Finding(f"package {path.name}", "fault", exc.problem, exc.fix)
     if reasons := package.mismatches(machine):
         return Finding(str(package), "note", f"does not fit this machine: {'; '.join(reasons)}", "Build it here.")
+    if notes := package.notes(machine):
+        return Finding(str(package), "note", " ".join(notes))
     return Finding(str(package), "ok", f"sound, {os.fspath(path)}")
-
-
-def _version(module: str, *distributions: str) -> str:
-    for name in distributions or (module,):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "of unknown version"
 
 
 _LOOKS: tuple[Callable[[Machine, Settings], Iterator[Finding]], ...] = (

@@ -120,35 +120,25 @@ class Machine:
     gpus: tuple[str, ...]
 
     @classmethod
-    def read(cls) -> Machine:
+    def read(cls, *, gpus: bool = True) -> Machine:
         """This computer, from /proc, /sys and nvidia-smi; whatever cannot be read is left empty.
 
-        The GPU's driver is asked when `gpus` is first looked at: that may take seconds, and most readers do not look.
+        Without `gpus` the GPU's driver is not asked: that may take seconds, and only choosing a profile needs it.
         """
         cpuinfo = _text("/proc/cpuinfo")
         flags = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
-        here = _ThisMachine(
+        return cls(
             architecture={"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine()),
             cpu_flags=frozenset(flags.group(1).split()) if flags else frozenset(),
             physical_cores=physical_cores(),
             memory_bytes=_memory_bytes(),
             device_tree=_text("/proc/device-tree/model").rstrip("\0"),
-            gpus=(),
+            gpus=_gpus() if gpus else (),
         )
-        del here.__dict__["gpus"]  # so that the cached property is looked at instead
-        return here
 
     @cached_property
     def has_vnni(self) -> bool:
         return bool(self.cpu_flags & {"avx512_vnni", "avx_vnni"})
-
-
-class _ThisMachine(Machine):
-    """A Machine whose `gpus` are found out when somebody asks."""
-
-    @cached_property
-    def gpus(self) -> tuple[str, ...]:
-        return _gpus()
 
 
 def load_profile(name_or_path: str) -> DeviceProfile:

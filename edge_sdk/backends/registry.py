@@ -80,7 +80,7 @@ def load_engine(package: EnginePackage, machine: Machine | None = None) -> Engin
     Raises PackageMismatch if the package does not fit this machine, PackageError if a file was altered or the manifest
     describes another graph than the package holds, BackendUnavailable or EngineFailed as the backend says.
     """
-    if reasons := package.mismatches(machine or Machine.read()):
+    if reasons := package.mismatches(machine or Machine.read(gpus=False)):
         raise PackageMismatch(
             f"The package {package} does not fit this machine: {'; '.join(reasons)}.",
             reasons=reasons,

@@ -7,7 +7,6 @@ the data an order names. The digest over all of it is the build's key: the same 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import numpy as np
 from onnx import ModelProto
 
 import edge_sdk
-from edge_sdk.backends.base import Backend
+from edge_sdk.backends.base import Backend, installed_version
 from edge_sdk.backends.registry import backend as backend_named
 from edge_sdk.backends.registry import backend_for, usable_profile
 from edge_sdk.compile.datasets import Reader, Samples, open_samples
@@ -339,19 +338,15 @@ def _build_key(order: Order, model: str, labels: tuple[str, ...], data: Sequence
         "precision": order.precision,
         "backend": [order.backend.name, order.missing],
         "measurable": order.measurable,
-        "tools": tools(),
+        "tools": tools(order.backend),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def tools() -> dict[str, str]:
-    versions = {"edge-sdk": edge_sdk.__version__}
-    for name in ("onnx", "onnxruntime", "onnxslim", "numpy"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+def tools(backend: Backend) -> dict[str, str]:
+    """The versions of everything that had a hand in a build."""
+    libraries = {name: installed_version(name) for name in ("onnx", "onnxslim", "numpy")}
+    return {"edge-sdk": edge_sdk.__version__, **libraries, backend.name: backend.availability().version or ""}
 
 
 def existing(output: Path, key: str) -> EnginePackage | None:

@@ -585,7 +585,7 @@ def _manifest(order: Order, ingredients: Ingredients, verdict: _Verdict, engine_
             already_quantized=summary.already_quantized,
         ),
         calibration=_calibration_record(ingredients, chosen),
-        tools=tools(),
+        tools=tools(order.backend),
         measurements=verdict.measurements,
         build_key=ingredients.key,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),

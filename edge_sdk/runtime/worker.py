@@ -87,12 +87,14 @@ class Worker:
         the manifest that was opened. So it is looked at once more, and the new one is loaded.
         """
         try:
-            return cls(package, load_engine(package, machine), task_of(package), clock=clock)
+            task = task_of(package)
+            return cls(package, load_engine(package, machine), task, clock=clock)
         except PackageError:
             current = EnginePackage.open(package.path)
             if current.digest == package.digest:
                 raise
-            return cls(current, load_engine(current, machine), task_of(current), clock=clock)
+            task = task_of(current)
+            return cls(current, load_engine(current, machine), task, clock=clock)
 
     def warm_up(self) -> float:
         """Compute a best batch of zeros, and give back the seconds that it takes once it is warm.
