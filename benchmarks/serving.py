@@ -94,7 +94,7 @@ def measure(model: str, models: Path, folder: Path, port: int, rounds: int, seco
     with ExitStack() as stack:
         built = build(models / file, output=folder / model / model).package
         best = built.manifest.batching.best_batch
-        print(f"\n{model}: {built}, best batch {best}, threads {built.manifest.backend.threads}", flush=True)
+        print(f"\n{model}: {built}, best batch {best}, {built.profile().onnxruntime}", flush=True)
         servers = [
             stack.enter_context(ours(built.name, folder / model, port)),
             stack.enter_context(naive(models / file, port)),

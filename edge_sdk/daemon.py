@@ -21,7 +21,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -132,6 +132,8 @@ class Daemon:
         self._stats_at = 0.0
         self._alive_at = 0.0
         self._look_at = 0.0
+        self._awake_until = 0.0
+        self._busy_poll_s = settings.serving.busy_poll_us / 1e6
         self._unroutable_told_at = -math.inf
         self._watchdog_s = watchdog_interval_s()
         self._ready = False
@@ -164,16 +166,29 @@ class Daemon:
     def _turn(self, *, taking: bool) -> None:
         now = time.monotonic()
         self._keep_connected(now)
-        for event in self._transport.poll(self._pause_s(now)):
+        for event in self._poll(now):
             self._handle(event, taking=taking)
         self._service.run_quick()
         self._finish_answers()
         self._perform()
         self._keep_house(time.monotonic())
 
+    def _poll(self, now: float) -> Sequence[Event]:
+        """What has happened since; for a moment after a message without going to sleep.
+
+        Who asks one thing at a time sends the next request as soon as it has the answer, and to be woken for it takes
+        a processor longer than a small model does.
+        """
+        while now < self._awake_until and not self._service.waiting():
+            if events := self._transport.poll(0.0):
+                return events
+            now = time.monotonic()
+        return self._transport.poll(self._pause_s(now))
+
     def _handle(self, event: Event, *, taking: bool) -> None:
         match event:
             case Received():
+                self._awake_until = time.monotonic() + self._busy_poll_s
                 if taking or event.packet_id is None:  # what is not acknowledged now, the broker keeps for the next
                     self._take(event, time.monotonic(), taking=taking)
             case Acknowledged():

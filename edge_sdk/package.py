@@ -5,7 +5,7 @@ A package is a directory:
     manifest.json     what it is: I/O, task, profile, precision, provenance, measurements, a digest of every file
     graph.onnx        the portable graph; INT8 is in it as Q/DQ nodes, so any backend can be given it
     labels.txt        where the task has labels
-    profile.json      the device profile it was built for, as it was then
+    profile.json      the device profile it was built for, run as it was measured to be fastest
     report.json       the figures; report.md says them to a person
     engine.*          where a backend has one: a cache entry that can be rebuilt from the graph
 
@@ -111,8 +111,6 @@ class BatchingRecord(Record):
 class BackendRecord(Record):
     name: str
     engine_file: str | None = None
-    threads: int | None = None
-    """With how many threads it was fastest when it was built; None: as the profile says."""
     missing: str | None = None
     """Why there is no engine file although this backend has them: it was not to be had where the package was built."""
 
@@ -230,7 +228,10 @@ class EnginePackage:
         return tuple(self.read(LABELS).decode("utf-8").splitlines())
 
     def profile(self) -> DeviceProfile:
-        """The device profile it was built for, as it was then: a package means the same wherever it is carried."""
+        """The device profile it was built for, with the options it was measured to run fastest with.
+
+        A package carries it, so that it means the same wherever it is taken.
+        """
         if PROFILE not in self.manifest.files:
             return load_profile(self.manifest.profile)
         try:

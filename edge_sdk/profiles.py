@@ -68,9 +68,8 @@ class OnnxRuntimeOptions(Table):
     intra_op_threads: int = Field(default=0, ge=0)
     """0: one for each physical core the process may use."""
     spinning: bool = False
-    """Threads wait for work by spinning: faster alone, costly when the device also does something else - receive the
-    next request, run the broker. Served over MQTT on two shared cores, MobileNetV2 INT8 answered more requests without
-    it, at half the CPU time (benchmarks/serving.py)."""
+    """Threads wait for work by spinning: faster alone, costly when the device also does something else. A build on the
+    device itself measures both, and one thread alone, and packs what earned its place."""
     graph_optimization: Literal["none", "basic", "extended", "all"] = "all"
 
 

@@ -79,6 +79,9 @@ class Limits(Table):
 class Serving(Table):
     inline_ms: float = Field(default=10.0, ge=0)
     """Models whose best batch computes within this run on the network thread; slower ones get a thread of their own."""
+    busy_poll_us: int = Field(default=500, ge=0, le=10_000)
+    """How long the daemon looks for the next message without sleeping, after one. It costs at most this much processor
+    time for each message that stays the last, and saves being woken; 0 never does it."""
     profile: str | None = None
     """The device profile preferred where a model was built for several; None: the one detected."""
 

@@ -177,7 +177,7 @@ def make_package(
         "architecture": ARCHITECTURE,
         "precision": "fp32",
         "batching": BatchingRecord(max_batch=max_batch, best_batch=best_batch or max_batch, max_wait_ms=max_wait_ms),
-        "backend": BackendRecord(name=backend, threads=1),
+        "backend": BackendRecord(name=backend),
         "source": SourceRecord(file="test.onnx", sha256=digest, bytes=len(data), opset=17, ir_version=8),
         "tools": {},
         "build_key": digest,

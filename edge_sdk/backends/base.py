@@ -99,9 +99,6 @@ class Backend(Protocol):
         """The engine in `package`, its files checked against their digests first. Raises as `build` does."""
         ...
 
-    def load_graph(self, graph: bytes, profile: DeviceProfile, *, threads: int | None = None) -> Engine:
-        """An engine straight from a graph, for a build that measures what it is about to pack.
-
-        `threads` overrides the profile's, where the backend computes with threads.
-        """
+    def load_graph(self, graph: bytes, profile: DeviceProfile) -> Engine:
+        """An engine straight from a graph, for a build that measures what it is about to pack."""
         ...

@@ -45,12 +45,12 @@ class OnnxRuntimeBackend:
         return None
 
     def load(self, package: EnginePackage, profile: DeviceProfile) -> OnnxRuntimeEngine:
-        return self.load_graph(package.read(GRAPH), profile, threads=package.manifest.backend.threads)
+        return self.load_graph(package.read(GRAPH), profile)
 
-    def load_graph(self, graph: bytes, profile: DeviceProfile, *, threads: int | None = None) -> OnnxRuntimeEngine:
+    def load_graph(self, graph: bytes, profile: DeviceProfile) -> OnnxRuntimeEngine:
         refuse_external_data(graph)
         try:
-            return OnnxRuntimeEngine(_session(graph, profile, threads))
+            return OnnxRuntimeEngine(_session(graph, profile))
         except ValueError as exc:  # TensorSpec's
             raise EngineFailed(f"onnxruntime cannot load the graph: {exc}.") from exc
 
@@ -122,13 +122,13 @@ class OnnxRuntimeEngine:
         return binding
 
 
-def _session(graph: bytes, profile: DeviceProfile, threads: int | None) -> Any:
+def _session(graph: bytes, profile: DeviceProfile) -> Any:
     try:
         import onnxruntime
     except ImportError as exc:
         raise BackendUnavailable(f"onnxruntime cannot be imported: {exc}.", fix=_INSTALL) from exc
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or profile.onnxruntime.intra_op_threads or physical_cores()
+    options.intra_op_num_threads = profile.onnxruntime.intra_op_threads or physical_cores()
     options.inter_op_num_threads = 1
     options.graph_optimization_level = {
         "none": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,

@@ -60,7 +60,7 @@ class ReferenceBackend:
     def load(self, package: EnginePackage, profile: DeviceProfile) -> ReferenceEngine:
         return self.load_graph(package.read(GRAPH), profile)
 
-    def load_graph(self, graph: bytes, profile: DeviceProfile, *, threads: int | None = None) -> ReferenceEngine:
+    def load_graph(self, graph: bytes, profile: DeviceProfile) -> ReferenceEngine:
         try:
             import onnx
             import onnx.reference

@@ -82,7 +82,7 @@ from edge_sdk.tensors import MAX_ELEMENTS, Feeds, TensorSpec, numpy_dtype
 _WORTH_IT = 1.02
 """How many times faster than FP32 a lower precision must be: less than that is noise."""
 _WORTH_THREADS = 1.15
-"""How many times faster than one thread many must be."""
+"""How many times faster a way to run a graph must be than a more frugal one."""
 _SAME_ANSWER_DB = 40.0
 """How closely the modern graph must answer as the file does: well above what FP16's own rounding leaves."""
 _PROBES = 3
@@ -182,7 +182,7 @@ def _make(order: Order, ingredients: Ingredients) -> EnginePackage:
         (folder / GRAPH).write_bytes(verdict.chosen.graph)
         if ingredients.labels:
             (folder / LABELS).write_text("\n".join(ingredients.labels) + "\n", encoding="utf-8")
-        (folder / PROFILE).write_text(order.profile.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (folder / PROFILE).write_text(verdict.profile.model_dump_json(indent=2) + "\n", encoding="utf-8")
         engine_file = order.backend.build(folder / GRAPH, order.profile, folder)
         manifest = _manifest(order, ingredients, verdict, engine_file)
         write_reports(folder, manifest, ingredients.summary, modern.notes)
@@ -262,8 +262,8 @@ def _zeros(inputs: tuple[TensorSpec, ...]) -> Feeds | None:
 
 
 @contextmanager
-def _engine(order: Order, graph: bytes, threads: int | None = None) -> Iterator[Engine]:
-    with closing(order.backend.load_graph(graph, order.profile, threads=threads)) as engine:
+def _engine(order: Order, graph: bytes, profile: DeviceProfile | None = None) -> Iterator[Engine]:
+    with closing(order.backend.load_graph(graph, profile or order.profile)) as engine:
         yield engine
 
 
@@ -377,7 +377,8 @@ class _Verdict:
     outputs: tuple[TensorSpec, ...]
     measurements: Measurements
     batching: BatchingRecord
-    threads: int | None
+    profile: DeviceProfile
+    """The order's, with the options that were measured to be fastest."""
 
 
 def _verified(
@@ -410,7 +411,7 @@ def _verified(
             decision=chosen.reason,
         ),
         batching=_batching(order, ours, stackable),
-        threads=speeds[-1 if chosen.graph == candidate.graph else 0].threads,
+        profile=speeds[-1 if chosen.graph == candidate.graph else 0].profile,
     )
 
 
@@ -434,38 +435,50 @@ def _timing_feeds(ingredients: Ingredients) -> Feeds | None:
 
 @dataclass(frozen=True)
 class _Speed:
+    profile: DeviceProfile
+    """The options with which this was measured."""
     latency_ms: float | None = None
     per_second_at_batch: Mapping[int, float] = field(default_factory=dict)
-    threads: int | None = None
-    """With how many threads this was measured; None: as many as the profile says."""
 
 
 def _speeds(order: Order, candidates: Sequence[_Candidate], feeds: Feeds | None) -> list[_Speed]:
-    """How fast each candidate is here, with as many threads as do it good; nothing where this is another device.
-
-    A small model is slower with more threads than with one, and threads that wait for work take the processor from
-    whatever else the device does: they have to earn their place.
-    """
+    """How fast each candidate is here, run in the way that does it most good; nothing where this is another device."""
     if feeds is None or not order.measurable:
-        return [_Speed() for _ in candidates]
-    choices = (1, None) if physical_cores() > 1 and order.profile.onnxruntime.intra_op_threads != 1 else (None,)
+        return [_Speed(order.profile) for _ in candidates]
+    ways = _ways_to_run(order.profile)
     order.progress("timing", 0, 1 + len(candidates))
     with ExitStack() as stack:
         engines = [
-            [stack.enter_context(_engine(order, candidate.graph, threads)) for threads in choices]
-            for candidate in candidates
+            [stack.enter_context(_engine(order, candidate.graph, way)) for way in ways] for candidate in candidates
         ]
         latencies = iter(time_engines([engine for engines_of_one in engines for engine in engines_of_one], feeds))
         speeds = []
         for done, engines_of_one in enumerate(engines, start=1):
             order.progress("timing", done, 1 + len(candidates))
-            found = [(next(latencies), engine, threads) for engine, threads in zip(engines_of_one, choices)]
-            latency_ms, engine, threads = found[0]
-            if found[-1][0] * _WORTH_THREADS < latency_ms:
-                latency_ms, engine, threads = found[-1]
-            speeds.append(_Speed(latency_ms, throughput(engine, feeds, order.spec.batching.max_batch), threads))
+            best, *others = [(next(latencies), engine, way) for engine, way in zip(engines_of_one, ways)]
+            for other in others:
+                best = other if other[0] * _WORTH_THREADS < best[0] else best
+            latency_ms, engine, way = best
+            speeds.append(_Speed(way, latency_ms, throughput(engine, feeds, order.spec.batching.max_batch)))
     order.progress("timing", 1 + len(candidates), 1 + len(candidates))
     return speeds
+
+
+def _ways_to_run(profile: DeviceProfile) -> list[DeviceProfile]:
+    """The profile with the thread options that may be best, the most frugal first: each next has to earn its place.
+
+    A small model is slower with more threads than with one; and threads that spin while they wait for work take the
+    processor from whatever else the device does.
+    """
+    options = profile.onnxruntime
+    if options.intra_op_threads == 1 or physical_cores() == 1:
+        return [profile]
+    changes: list[dict[str, object]] = [
+        {"intra_op_threads": 1, "spinning": False},
+        {"spinning": False},
+        {"spinning": True},
+    ]
+    return [profile.model_copy(update={"onnxruntime": options.model_copy(update=change)}) for change in changes]
 
 
 def _figures(candidate: _Candidate, speed: _Speed, top1: float | None) -> Figures:
@@ -573,9 +586,7 @@ def _manifest(order: Order, ingredients: Ingredients, verdict: _Verdict, engine_
         architecture=order.profile.architecture,
         precision=chosen.precision,
         batching=verdict.batching,
-        backend=BackendRecord(
-            name=order.backend.name, engine_file=engine_file, threads=verdict.threads, missing=order.missing
-        ),
+        backend=BackendRecord(name=order.backend.name, engine_file=engine_file, missing=order.missing),
         source=SourceRecord(
             file=summary.file,
             sha256=ingredients.sha256,

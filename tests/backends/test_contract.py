@@ -44,7 +44,7 @@ def engine(backend: Backend) -> Iterator[Engine]:
 
 
 def load(backend: Backend, model: ModelProto) -> Engine:
-    return backend.load_graph(model.SerializeToString(), packages.profile(), threads=1)
+    return backend.load_graph(model.SerializeToString(), packages.profile())
 
 
 def rows(count: int, start: float = 0.0) -> Array:
