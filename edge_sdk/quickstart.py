@@ -109,7 +109,7 @@ def run(*, broker: str | None, seconds: float, say: Callable[[str], None], quiet
         with Client(broker, device=DEVICE, protocol=protocol) as client:
             _wait_until_ready(client, package.name, daemon, log)
             say("Daemon: ready; asking it over MQTT")
-            return _asked(client, package, spec, kind, seconds)
+            return _asked(client, package, spec, f"{broker}, {kind}", seconds)
 
 
 def _reached(broker: str) -> str:
@@ -186,7 +186,7 @@ def _wait_until_ready(client: Client, model: str, daemon: subprocess.Popen[bytes
     )
 
 
-def _asked(client: Client, package: EnginePackage, spec: EngineSpec, kind: str, seconds: float) -> Report:
+def _asked(client: Client, package: EnginePackage, spec: EngineSpec, broker: str, seconds: float) -> Report:
     assert spec.validation is not None
     pictures = sorted(Path(spec.validation.data).rglob("*.png"))
     contents = [picture.read_bytes() for picture in pictures]
@@ -206,7 +206,7 @@ def _asked(client: Client, package: EnginePackage, spec: EngineSpec, kind: str, 
         right_percent=100 * right / len(pictures),
         same_as_local=same,
         throughput=throughput,
-        broker=kind,
+        broker=broker,
         verdict="",
     )
     return Report(**{**report.__dict__, "verdict": _verdict(report, spec.validation.max_drop)})

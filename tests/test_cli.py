@@ -474,10 +474,11 @@ def test_serve_stops_in_order_on_ctrl_c(broker: Broker, tmp_path: Path) -> None:
     """SIGINT ends the daemon as SIGTERM does: with 0."""
     process = started("serve", "--engines", tmp_path, "--broker", broker.url, "--device", "brief")
     assert process.stderr is not None
-    said = process.stderr.readline()
+    said = iter(process.stderr.readline, "")
+    connected = any("Connected" in line for line in said)
     process.send_signal(signal.SIGINT)
 
-    assert "Connected" in said
+    assert connected
     assert 0 == ended(process, 20).code
 
 
@@ -528,7 +529,7 @@ def test_quickstart_tells_a_script(broker: Broker, tmp_path: Path) -> None:
     assert 0 == done.code, done.err
     assert done.json["right"] is True
     assert done.json["asked"] == done.json["same_as_local"] == 360
-    assert broker.url == done.json["broker"]
+    assert done.json["broker"].startswith(broker.url)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
