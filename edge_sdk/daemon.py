@@ -179,7 +179,7 @@ class Daemon:
         Who asks one thing at a time sends the next request as soon as it has the answer, and to be woken for it takes
         a processor longer than a small model does.
         """
-        while now < self._awake_until and not self._service.waiting():
+        while now < self._awake_until and not self._answers and not self._service.waiting():
             if events := self._transport.poll(0.0):
                 return events
             now = time.monotonic()
@@ -188,9 +188,10 @@ class Daemon:
     def _handle(self, event: Event, *, taking: bool) -> None:
         match event:
             case Received():
-                self._awake_until = time.monotonic() + self._busy_poll_s
+                now = time.monotonic()
+                self._awake_until = now + self._busy_poll_s
                 if taking or event.packet_id is None:  # what is not acknowledged now, the broker keeps for the next
-                    self._take(event, time.monotonic(), taking=taking)
+                    self._take(event, now, taking=taking)
             case Acknowledged():
                 self._session.acknowledged(event)
             case Connected():

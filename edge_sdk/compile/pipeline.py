@@ -20,7 +20,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-import numpy as np
 from onnx import ModelProto
 
 from edge_sdk.backends.base import Engine
@@ -77,7 +76,7 @@ from edge_sdk.spec import (
     EngineSpec,
     Validation,
 )
-from edge_sdk.tensors import MAX_ELEMENTS, Feeds, TensorSpec, numpy_dtype
+from edge_sdk.tensors import MAX_ELEMENTS, Feeds, TensorSpec, zeros
 
 _WORTH_IT = 1.02
 """How many times faster than FP32 a lower precision must be: less than that is noise."""
@@ -252,13 +251,11 @@ def _probes(ingredients: Ingredients) -> list[Sample]:
 
 def _zeros(inputs: tuple[TensorSpec, ...]) -> Feeds | None:
     """One request of zeros, for timing alone; None where only the user knows what sizes make sense."""
-    feeds = {}
     for spec in inputs:
         shape = [axis for axis in spec.at_batch(1) if isinstance(axis, int)]
         if len(shape) < len(spec.shape) or spec.dtype == "string" or math.prod(shape) > MAX_ELEMENTS:
             return None
-        feeds[spec.name] = np.zeros(shape, numpy_dtype(spec.dtype))
-    return feeds
+    return zeros(inputs)
 
 
 @contextmanager
