@@ -85,7 +85,9 @@ def _gpus(machine: Machine, settings: Settings) -> Iterator[Finding]:
         )
         if importlib.util.find_spec(module) is not None
     ]
-    yield Finding("GPU", "ok" if machine.gpus else "note", ", ".join(machine.gpus) or "no NVIDIA GPU was found")
+    yield Finding(
+        "GPU", "ok" if machine.gpus else "note", ", ".join(map(str, machine.gpus)) or "no NVIDIA GPU was found"
+    )
     detail = ", ".join(flavours) or "not installed"
     if machine.gpus and not flavours:
         yield Finding(

@@ -70,7 +70,7 @@ def load_engine(package: EnginePackage | str | os.PathLike[str]) -> LoadedEngine
     """
     opened = package if isinstance(package, EnginePackage) else EnginePackage.open(package)
     opened.verify()
-    return LoadedEngine(opened, load_with_backend(opened))
+    return LoadedEngine(opened, load_with_backend(opened).engine)
 
 
 def _native(array: Array) -> Array:

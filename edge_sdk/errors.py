@@ -9,7 +9,9 @@
     |  `- PackageMismatch      a sound package that does not fit this machine
     |- BackendError            the runtime under an engine
     |  |- BackendUnavailable   not installed here; the message names what to install
-    |  `- EngineFailed         it was asked to build, load or infer, and could not
+    |  |- EngineFailed         it was asked to build, load or infer, and could not
+    |  |  `- DeviceLost        the accelerator is in a state that only a new process ends
+    |  `- EngineUnfit          there is no compiled engine that may be loaded here; the graph beside it still is
     |- SettingsError           edge-sdk.toml, EDGE_SDK_* variables, command line
     |- BrokerError             the MQTT broker: unreachable, refusing, gone
     |- NoAnswer                the client waited its whole deadline, or nobody listens
@@ -104,6 +106,18 @@ class BackendUnavailable(BackendError):
 
 class EngineFailed(BackendError):
     pass
+
+
+class DeviceLost(EngineFailed):
+    """Every further call would fail in the same way: nothing this process can do helps, a restart does."""
+
+
+class EngineUnfit(BackendError):
+    """`reasons` has, for every engine that was found, what keeps it from being loaded; empty where none was found."""
+
+    def __init__(self, problem: str, *, reasons: tuple[str, ...], fix: str = "") -> None:
+        super().__init__(problem, fix=fix)
+        self.reasons = reasons
 
 
 class SettingsError(EdgeSdkError):

@@ -6,6 +6,7 @@ A package is a directory:
     graph.onnx        the portable graph; INT8 is in it as Q/DQ nodes, so any backend can be given it
     labels.txt        where the task has labels
     profile.json      the device profile it was built for, run as it was measured to be fastest
+    golden.npz        a few requests, on which an engine compiled later is compared with the graph
     report.json       the figures; report.md says them to a person
     engine.*          where a backend has one: a cache entry that can be rebuilt from the graph
 
@@ -32,7 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from edge_sdk.errors import PackageError, ProfileError
 from edge_sdk.profiles import DeviceProfile, Machine, Precision, fitting_conditions, lacking_cpu_flags, load_profile
-from edge_sdk.spec import NAME, Postprocess, Preprocess, TaskName
+from edge_sdk.spec import NAME, Axis, Postprocess, Preprocess, TaskName
 from edge_sdk.tensors import TensorSpec
 from edge_sdk.toml import describe
 
@@ -41,6 +42,7 @@ GRAPH = "graph.onnx"
 MANIFEST = "manifest.json"
 LABELS = "labels.txt"
 PROFILE = "profile.json"
+GOLDEN = "golden.npz"
 
 
 class Record(BaseModel):
@@ -108,11 +110,29 @@ class BatchingRecord(Record):
         return self
 
 
+class EngineRecord(Record):
+    """A compiled engine that lies in the package, and what it took to build it."""
+
+    file: str
+    sidecar: str
+    """The file that says what the engine fits."""
+    bytes: int
+    seconds: float
+    peak_bytes: int
+    """The most memory the building process held."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of it: layers that a DLA did not take, say."""
+    latency_ms: float | None = None
+    """Median at batch 1; None where the machine that built it cannot run it."""
+    per_second_at_batch: Mapping[int, float] = {}
+
+
 class BackendRecord(Record):
     name: str
-    engine_file: str | None = None
+    """The backend the profile prefers. Where it has no engine to load, the profile's next one runs the graph."""
+    engine: EngineRecord | None = None
     missing: str | None = None
-    """Why there is no engine file although this backend has them: it was not to be had where the package was built."""
+    """Why there is no engine although this backend has them: it was not to be had where the package was built."""
 
 
 class FileRecord(Record):
@@ -135,6 +155,8 @@ class Manifest(Record):
     architecture: str
     precision: Precision
     batching: BatchingRecord
+    axes: Mapping[str, Axis] = {}
+    """Free axes beside the batch, and the sizes a compiled engine takes along them."""
     backend: BackendRecord
     source: SourceRecord
     calibration: CalibrationRecord | None = None

@@ -74,12 +74,35 @@ class OnnxRuntimeOptions(Table):
 
 
 class TensorRTOptions(Table):
+    """How TensorRT builds engines for this device; engine.toml's [tensorrt] may override what depends on the model."""
+
     flavour: Literal["tensorrt", "tensorrt_rtx"]
-    compute_capabilities: tuple[str, ...]
-    workspace_bytes: int | None = Field(default=None, gt=0)
-    dla_cores: int = 0
+    compute_capabilities: tuple[str, ...] = Field(min_length=1)
+    """Of the device's GPU, as "8.6"."""
     portable: bool = False
-    """Build for any GPU of a newer generation too, at some cost in speed."""
+    """tensorrt_rtx: build for every GPU from compute capability 8.0 on, at some cost in speed and size."""
+    workspace_bytes: int | None = Field(default=None, gt=0)
+    """Scratch memory a layer may use; None: as much as the GPU has."""
+    optimization_level: int = Field(default=3, ge=0, le=5)
+    """How long the builder searches: 0 compiles fastest, 5 tries everything. 3 is TensorRT's own default."""
+    timing_cache: bool = True
+    """tensorrt: keep what the builder measured, for the next build. Never used for a tensorrt_rtx build."""
+    version_compatible: bool = False
+    """tensorrt: an engine that later versions of the same major release can load."""
+    hardware_compatible: Literal["none", "ampere-plus", "same-compute-capability"] = "none"
+    """tensorrt: an engine that other GPUs than this one can run."""
+    weight_streaming: bool = False
+    """Weights may stay in the computer's memory and be streamed to a GPU that has too little."""
+    strip_weights: bool = False
+    """Leave the weights out of the engine; they are put back from the graph when it is loaded. Needs a GPU to build."""
+    sparse_weights: bool = False
+    """Use the sparse tensor cores where weights have two zeros in every four."""
+    dla_cores: int = Field(default=0, ge=0)
+    """Deep-learning accelerators of the device. Layers that they do not take run on the GPU, and the report says so."""
+    build_memory_bytes: int | None = Field(default=None, gt=0)
+    """A build that takes more is ended; None: 80 % of the machine's memory."""
+    build_time_s: float = Field(default=3600.0, gt=0)
+    """A build that takes longer is ended."""
 
 
 class PowerMode(Table):
@@ -108,6 +131,20 @@ class DeviceProfile(Table):
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """One NVIDIA GPU, as its driver's own tool reports it; None where the tool does not say (on a Jetson)."""
+
+    name: str
+    compute_capability: str | None = None
+    """As "8.6"."""
+    memory_bytes: int | None = None
+    driver: str | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
 class Machine:
     """The facts of a computer that decide which profile and which packages fit it."""
 
@@ -116,7 +153,7 @@ class Machine:
     physical_cores: int
     memory_bytes: int
     device_tree: str
-    gpus: tuple[str, ...]
+    gpus: tuple[Gpu, ...]
 
     @classmethod
     def read(cls, *, gpus: bool = True) -> Machine:
@@ -196,10 +233,10 @@ def fitting_conditions(machine: Machine, profile: DeviceProfile) -> list[str] | 
             return None
         reasons.append(f"its device tree says {machine.device_tree!r}")
     if profile.match.gpu_name is not None:
-        gpu = next((gpu for gpu in machine.gpus if re.search(profile.match.gpu_name, gpu)), None)
+        gpu = next((gpu for gpu in machine.gpus if re.search(profile.match.gpu_name, gpu.name)), None)
         if gpu is None:
             return None
-        reasons.append(f"its GPU is {gpu!r}")
+        reasons.append(f"its GPU is {gpu.name!r}")
     return reasons
 
 
@@ -224,18 +261,30 @@ def _memory_bytes() -> int:
     return int(found.group(1)) * 1024 if found else 0
 
 
-def _gpus() -> tuple[str, ...]:
-    """The NVIDIA GPUs' names, asked of the driver's own tool: no vendor library is loaded for it."""
+def _gpus() -> tuple[Gpu, ...]:
+    """The NVIDIA GPUs, asked of the driver's own tool: no vendor library is loaded for it."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ()
     try:
         listed = subprocess.run(
-            [tool, "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=10, check=True
-        )
+            [tool, "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader,nounits"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return ()
-    return tuple(line.strip() for line in listed.stdout.splitlines() if line.strip())
+    return tuple(_gpu(line) for line in listed.stdout.splitlines() if line.strip())
+
+
+def _gpu(line: str) -> Gpu:
+    """A line of nvidia-smi's answer; what it does not know it calls `[N/A]`, `[Not Supported]` or nothing at all."""
+    name, compute_capability, mebibytes, driver = ([part.strip() for part in line.split(",")] + [""] * 4)[:4]
+    return Gpu(
+        name=name,
+        compute_capability=compute_capability if re.fullmatch(r"\d+\.\d+", compute_capability) else None,
+        memory_bytes=int(mebibytes) * 2**20 if mebibytes.isdigit() else None,
+        driver=driver if re.fullmatch(r"[\d.]+", driver) else None,
+    )
 
 
 def _text(path: str) -> str:

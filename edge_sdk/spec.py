@@ -9,6 +9,7 @@ task `tensors`, which passes arrays through.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -91,6 +92,32 @@ class Batching(Table):
     """Hold a batch open for others; 0 takes what waited while the engine was busy."""
 
 
+class Axis(Table):
+    """The sizes a free axis may have, other than the batch: what a compiled engine is made for."""
+
+    min: int = Field(default=1, ge=1)
+    best: int = Field(ge=1)
+    """The size it is to be fastest at."""
+    max: int = Field(ge=1, le=1 << 24)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Axis:
+        if not self.min <= self.best <= self.max:
+            raise ValueError(f"min {self.min}, best {self.best} and max {self.max} are not in this order")
+        return self
+
+
+class TensorRTWishes(Table):
+    """What depends on the model in how TensorRT builds it; where None, the device profile decides."""
+
+    optimization_level: int | None = Field(default=None, ge=0, le=5)
+    workspace_bytes: int | None = Field(default=None, gt=0)
+    version_compatible: bool | None = None
+    weight_streaming: bool | None = None
+    strip_weights: bool | None = None
+    sparse_weights: bool | None = None
+
+
 class EngineSpec(Table):
     """One engine: its model, its task and its data, checked and with every path absolute."""
 
@@ -103,6 +130,9 @@ class EngineSpec(Table):
     calibration: Calibration | None = None
     validation: Validation | None = None
     batching: Batching = Batching()
+    axes: Mapping[str, Axis] = {}
+    """By the axis's name in the graph, or by `input:position` where it has none."""
+    tensorrt: TensorRTWishes = TensorRTWishes()
 
     @model_validator(mode="after")
     def _consistent(self) -> EngineSpec:

@@ -10,12 +10,12 @@ import pytest
 
 from edge_sdk import resources
 from edge_sdk.errors import ProfileError
-from edge_sdk.profiles import Machine, detect, load_profile, load_profiles, profile_names
+from edge_sdk.profiles import Gpu, Machine, detect, load_profile, load_profiles, profile_names
 from edge_sdk.toml import read_toml
 
 
 def machine(architecture: str, *flags: str, device_tree: str = "", gpu: str = "") -> Machine:
-    return Machine(architecture, frozenset(flags), 4, 8 << 30, device_tree, (gpu,) if gpu else ())
+    return Machine(architecture, frozenset(flags), 4, 8 << 30, device_tree, (Gpu(gpu),) if gpu else ())
 
 
 def numbers(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
@@ -120,7 +120,30 @@ def test_the_driver_is_asked_only_if_need_be(tmp_path: Path, monkeypatch: pytest
 
     assert () == without.gpus
     assert not asked.exists()
-    assert ("NVIDIA H100 PCIe",) == Machine.read().gpus
+    assert (Gpu("NVIDIA H100 PCIe"),) == Machine.read().gpus
+
+
+@pytest.mark.parametrize(
+    ("line", "gpu"),
+    [
+        (
+            "NVIDIA GeForce RTX 3060, 8.6, 12288, 580.65.06",
+            Gpu("NVIDIA GeForce RTX 3060", "8.6", 12288 * 2**20, "580.65.06"),
+        ),
+        ("Orin (nvgpu), [N/A], [N/A], 540.4.0", Gpu("Orin (nvgpu)", None, None, "540.4.0")),
+        ("Orin (nvgpu), 8.7, [Not Supported], N/A", Gpu("Orin (nvgpu)", "8.7", None, None)),
+    ],
+)
+def test_what_the_driver_does_not_say_is_none(
+    line: str, gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nvidia-smi knows less on a Jetson, and says so in several ways."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho '{line}'\n", encoding="utf-8")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    assert (gpu,) == Machine.read().gpus
 
 
 def test_this_machine_can_be_read() -> None:

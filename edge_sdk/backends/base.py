@@ -4,6 +4,9 @@ A *backend* builds an engine from a graph for a profile, and loads an engine fro
 outputs, `infer` and `close`. That is all. INT8 is not in the seam: it reaches a backend as Q/DQ nodes in the graph.
 Batching is not in it either: a batch is a larger first axis.
 
+An engine on an accelerator may be more: `Pipelined` ones lend the *slots* in which batches lie, in memory that the
+device reads by itself, and compute one while the next is being filled and the last one phrased.
+
 Who owns a buffer, said once, here:
 
 * Arrays given to `infer` stay the caller's. The engine only reads them, and only until `infer` returns.
@@ -16,15 +19,18 @@ An engine is used by one thread at a time; whoever shares one brings the lock.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from edge_sdk.package import EnginePackage
+from edge_sdk.package import GRAPH, BatchingRecord, EnginePackage, EngineRecord
 from edge_sdk.profiles import DeviceProfile
-from edge_sdk.tensors import Array, Outputs, TensorSpec
+from edge_sdk.spec import Axis
+from edge_sdk.tensors import Array, Feeds, Outputs, TensorSpec
 
 UNKNOWN_VERSION = "of unknown version"
 
@@ -57,6 +63,39 @@ def installed_version(module: str, *distributions: str) -> str:
     return UNKNOWN_VERSION
 
 
+Progress = Callable[[float], None]
+"""Told how much of a build is done, from 0 to 1."""
+
+
+def no_progress(done: float) -> None:
+    """A progress that nobody watches."""
+
+
+@dataclass(frozen=True)
+class EngineOrder:
+    """What a compiled engine is made from, and for."""
+
+    graph: bytes
+    inputs: tuple[TensorSpec, ...]
+    profile: DeviceProfile
+    batching: BatchingRecord
+    axes: Mapping[str, Axis]
+    here: bool = False
+    """For the accelerator of this machine, whatever the profile says about its kind."""
+
+    @classmethod
+    def of(cls, package: EnginePackage, *, here: bool) -> EngineOrder:
+        """The order for a package's engine; PackageError if its files were altered."""
+        manifest = package.manifest
+        return cls(
+            package.read(GRAPH), manifest.inputs, package.profile(), manifest.batching, manifest.axes, here
+        )  # fmt: skip
+
+    @cached_property
+    def graph_sha256(self) -> str:
+        return hashlib.sha256(self.graph).hexdigest()
+
+
 class Engine(Protocol):
     """A loaded model, ready to compute."""
 
@@ -79,24 +118,66 @@ class Engine(Protocol):
         ...
 
 
+class Slot(Protocol):
+    """Where one batch lies while it is computed. Its arrays are the engine's, and live until the engine is closed."""
+
+    def at(self, rows: int) -> tuple[Feeds, Outputs]:
+        """The arrays for a batch of `rows`, to be filled and to be read: always the same ones for the same `rows`."""
+        ...
+
+    def start(self, rows: int) -> None:
+        """Begin to compute what lies in `at(rows)`, and return as soon as the device has its orders.
+
+        Until `finish` has returned, the feeds must not be written and the outputs not be read. Raises as `infer` does.
+        """
+        ...
+
+    def finish(self) -> None:
+        """Wait until the batch started last is computed; its outputs may be read until the next `start`. Raises as
+        `infer` does, for whatever went wrong since `start`."""
+        ...
+
+
+@runtime_checkable
+class Pipelined(Protocol):
+    """What an engine is besides, if it can work on several batches at once."""
+
+    def slots(self, rows: int) -> Sequence[Slot]:
+        """The slots, for batches of up to `rows`; made at the first call. Batches finish in the order they started."""
+        ...
+
+
 class Backend(Protocol):
     """A runtime. `name` is what profiles and manifests call it."""
 
     name: str
+    compiles: bool
+    """Whether it loads engines compiled for one kind of device, rather than the graph itself."""
 
     def availability(self) -> Availability:
         """Whether it can run here, found out without loading the vendor's library where that is possible."""
         ...
 
-    def build(self, graph: Path, profile: DeviceProfile, folder: Path) -> str | None:
-        """Compile `graph` into an engine file in `folder`; its name, or None where the graph itself is loaded.
+    def can_build(self, profile: DeviceProfile) -> Availability:
+        """Whether it can make what `profile`'s device loads, on this machine: for some devices, any machine can."""
+        ...
 
-        Raises BackendUnavailable where this machine lacks the means, EngineFailed where the runtime refuses.
+    def build(
+        self, order: EngineOrder, folder: Path | None, *, progress: Progress = no_progress, considerate: bool = False
+    ) -> EngineRecord | None:
+        """Compile an engine into `folder`, or (None) into the backend's own store; None where the graph is loaded.
+
+        A `considerate` build leaves the processor to whoever else wants it. Raises BackendUnavailable where this
+        machine lacks the means, ModelError where the runtime does not take the graph, EngineFailed where it fails.
         """
         ...
 
     def load(self, package: EnginePackage, profile: DeviceProfile) -> Engine:
-        """The engine in `package`, its files checked against their digests first. Raises as `build` does."""
+        """The engine in `package`, its files checked against their digests first.
+
+        Raises EngineUnfit where there is none that may be loaded here, BackendUnavailable where this machine lacks the
+        means, EngineFailed where the runtime refuses, OutOfMemory where the device has too little memory for it.
+        """
         ...
 
     def load_graph(self, graph: bytes, profile: DeviceProfile) -> Engine:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_sdk.backends.base import Availability, installed_version
+from edge_sdk.backends.base import Availability, EngineOrder, Progress, installed_version, no_progress
 from edge_sdk.backends.onnx_bytes import refuse_external_data
 from edge_sdk.errors import BackendUnavailable, EngineFailed, OutOfMemory
 from edge_sdk.package import GRAPH, EnginePackage
@@ -35,13 +35,19 @@ _BINDINGS_KEPT = 16
 
 class OnnxRuntimeBackend:
     name = "onnxruntime"
+    compiles = False
 
     def availability(self) -> Availability:
         if importlib.util.find_spec("onnxruntime") is None:
             return Availability(None, "onnxruntime is not installed.", _INSTALL)
         return Availability(installed_version("onnxruntime", *_DISTRIBUTIONS))
 
-    def build(self, graph: Path, profile: DeviceProfile, folder: Path) -> str | None:
+    def can_build(self, profile: DeviceProfile) -> Availability:
+        return self.availability()
+
+    def build(
+        self, order: EngineOrder, folder: Path | None, *, progress: Progress = no_progress, considerate: bool = False
+    ) -> None:
         return None
 
     def load(self, package: EnginePackage, profile: DeviceProfile) -> OnnxRuntimeEngine:

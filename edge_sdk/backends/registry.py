@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
 
-from edge_sdk.errors import BackendUnavailable, PackageError, PackageMismatch
+from edge_sdk.backends.base import Backend, Engine, EngineOrder, Progress
+from edge_sdk.errors import BackendUnavailable, EngineUnfit, OutOfMemory, PackageError, PackageMismatch
 from edge_sdk.package import EnginePackage
 from edge_sdk.profiles import DeviceProfile, Machine, detect, load_profiles
 from edge_sdk.tensors import TensorSpec
 
-if TYPE_CHECKING:
-    from edge_sdk.backends.base import Backend, Engine
-
-NAMES = ("onnxruntime", "reference")
-"""Backends that exist. A profile may name one that does not exist yet; its packages then hold the graph alone."""
+NAMES = ("tensorrt", "onnxruntime", "reference")
+"""Backends that exist."""
 
 
-def backend(name: str) -> Backend:
-    """The backend called `name`; BackendUnavailable if edge-sdk has none of that name."""
+def backend(name: str, store: Path | None = None) -> Backend:
+    """The backend called `name`; BackendUnavailable if edge-sdk has none of that name.
+
+    `store` is the folder for engines that are compiled here and belong to no package; None: the user's own.
+    """
     match name:
+        case "tensorrt":
+            from edge_sdk.backends.tensorrt import TensorRTBackend
+
+            return TensorRTBackend(store)
         case "onnxruntime":
             from edge_sdk.backends.onnxruntime import OnnxRuntimeBackend
 
@@ -74,11 +80,25 @@ def _can_run(profile: DeviceProfile) -> bool:
         return False
 
 
-def load_engine(package: EnginePackage, machine: Machine | None = None) -> Engine:
-    """The package's engine, loaded by the backend its manifest names.
+@dataclass(frozen=True)
+class Loaded:
+    """An engine, and the backend that runs it."""
 
-    Raises PackageMismatch if the package does not fit this machine, PackageError if a file was altered or the manifest
-    describes another graph than the package holds, BackendUnavailable or EngineFailed as the backend says.
+    engine: Engine
+    backend: str
+    second_best: str = ""
+    """Why it is not the backend that the package prefers; empty if it is."""
+    better_can_be_built: bool = False
+    """Whether `rebuild` can make what the preferred backend lacks."""
+
+
+def load_engine(package: EnginePackage, machine: Machine | None = None, *, store: Path | None = None) -> Loaded:
+    """The package's engine, loaded by the first backend its profile prefers that can, starting with the manifest's.
+
+    Where the preferred one has no engine that may be loaded here, the package's graph runs with the next: slower, and
+    with the same answers. Raises PackageMismatch if the package does not fit this machine, PackageError if a file was
+    altered or the manifest describes another graph than the package holds, BackendUnavailable or EngineFailed as the
+    last of the backends says.
     """
     if reasons := package.mismatches(machine or Machine.read(gpus=False)):
         raise PackageMismatch(
@@ -86,17 +106,47 @@ def load_engine(package: EnginePackage, machine: Machine | None = None) -> Engin
             reasons=reasons,
             fix="Build it for this machine: `edge-sdk profiles detect` names the profile.",
         )
-    chosen = backend(package.manifest.backend.name)
-    if not (available := chosen.availability()):
-        raise BackendUnavailable(f"The package {package} needs {chosen.name}: {available.why_not}", fix=available.fix)
-    engine = chosen.load(package, package.profile())
-    try:
-        _check_promises("inputs", package, package.manifest.inputs, engine.inputs)
-        _check_promises("outputs", package, package.manifest.outputs, engine.outputs)
-    except PackageError:
-        engine.close()
-        raise
-    return engine
+    profile = package.profile()
+    names = _in_order(package.manifest.backend.name, profile)
+    passed_over = []
+    buildable = False
+    for name in names:
+        chosen = backend(name, store)
+        try:
+            if not (available := chosen.availability()):
+                raise BackendUnavailable(
+                    f"The package {package} needs {name}: {available.why_not}", fix=available.fix
+                )  # fmt: skip
+            engine = chosen.load(package, profile)
+        except (EngineUnfit, BackendUnavailable, OutOfMemory) as exc:
+            if name == names[-1]:
+                raise
+            passed_over.append(exc.problem)
+            buildable |= isinstance(exc, EngineUnfit) and bool(chosen.can_build(profile))
+            continue
+        try:
+            _check_promises("inputs", package, package.manifest.inputs, engine.inputs)
+            _check_promises("outputs", package, package.manifest.outputs, engine.outputs)
+        except PackageError:
+            engine.close()
+            raise
+        return Loaded(engine, name, " ".join(passed_over), buildable)
+    raise AssertionError("a package has at least one backend")
+
+
+def rebuild(package: EnginePackage, *, store: Path | None = None, progress: Progress) -> None:
+    """Compile the package's graph for the accelerator of this machine, into `store`: the next load finds it there.
+
+    Leaves the processor to whoever else wants it. Raises what `Backend.build` raises.
+    """
+    preferred = backend(package.manifest.backend.name, store)
+    preferred.build(EngineOrder.of(package, here=True), None, progress=progress, considerate=True)
+
+
+def _in_order(preferred: str, profile: DeviceProfile) -> list[str]:
+    """The preferred backend, then those that the profile has behind it; a package's graph runs with any of them."""
+    others: list[str] = list(profile.backends)
+    return [preferred, *others[others.index(preferred) + 1 :]] if preferred in others else [preferred]
 
 
 def _check_promises(

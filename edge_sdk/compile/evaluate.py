@@ -61,8 +61,8 @@ def evaluate(
     report = progress or no_progress
     manifest = package.manifest
     with ExitStack() as stack:
-        engine = stack.enter_context(closing(load_engine(package)))
-        other = stack.enter_context(closing(load_engine(against))) if against is not None else None
+        engine = stack.enter_context(closing(load_engine(package).engine))
+        other = stack.enter_context(closing(load_engine(against).engine)) if against is not None else None
         decode = decoder_for(manifest.preprocess, engine.inputs)
         reader = Reader(engine.inputs, decode, package.labels(), folder or Path.cwd())
         chosen = open_samples(data, reader, limit=samples)

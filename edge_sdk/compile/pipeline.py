@@ -64,6 +64,7 @@ from edge_sdk.package import (
     BatchingRecord,
     CalibrationRecord,
     EnginePackage,
+    EngineRecord,
     Figures,
     Manifest,
     Measurements,
@@ -182,8 +183,7 @@ def _make(order: Order, ingredients: Ingredients) -> EnginePackage:
         if ingredients.labels:
             (folder / LABELS).write_text("\n".join(ingredients.labels) + "\n", encoding="utf-8")
         (folder / PROFILE).write_text(verdict.profile.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        engine_file = order.backend.build(folder / GRAPH, order.profile, folder)
-        manifest = _manifest(order, ingredients, verdict, engine_file)
+        manifest = _manifest(order, ingredients, verdict, None)
         write_reports(folder, manifest, ingredients.summary, modern.notes)
         seal(folder, manifest)
     return EnginePackage.open(order.output)
@@ -564,7 +564,7 @@ def _batching(order: Order, figures: Figures, stackable: bool) -> BatchingRecord
 # What is packed
 
 
-def _manifest(order: Order, ingredients: Ingredients, verdict: _Verdict, engine_file: str | None) -> Manifest:
+def _manifest(order: Order, ingredients: Ingredients, verdict: _Verdict, engine: EngineRecord | None) -> Manifest:
     spec, summary, chosen = order.spec, ingredients.summary, verdict.chosen
     scores = spec.postprocess.scores
     if scores == "auto":
@@ -583,7 +583,7 @@ def _manifest(order: Order, ingredients: Ingredients, verdict: _Verdict, engine_
         architecture=order.profile.architecture,
         precision=chosen.precision,
         batching=verdict.batching,
-        backend=BackendRecord(name=order.backend.name, engine_file=engine_file, missing=order.missing),
+        backend=BackendRecord(name=order.backend.name, engine=engine, missing=order.missing),
         source=SourceRecord(
             file=summary.file,
             sha256=ingredients.sha256,

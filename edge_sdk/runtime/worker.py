@@ -88,13 +88,13 @@ class Worker:
         """
         try:
             task = task_of(package)
-            return cls(package, load_engine(package, machine), task, clock=clock)
+            return cls(package, load_engine(package, machine).engine, task, clock=clock)
         except PackageError:
             current = EnginePackage.open(package.path)
             if current.digest == package.digest:
                 raise
             task = task_of(current)
-            return cls(current, load_engine(current, machine), task, clock=clock)
+            return cls(current, load_engine(current, machine).engine, task, clock=clock)
 
     def warm_up(self) -> float:
         """Compute a best batch of zeros, and give back the seconds that it takes once it is warm.

@@ -8,9 +8,9 @@ import pytest
 
 from edge_sdk.backends.registry import backend, usable_profile
 from edge_sdk.errors import BackendUnavailable
-from edge_sdk.profiles import Machine
+from edge_sdk.profiles import Gpu, Machine
 
-PC = Machine("x86_64", frozenset({"avx2", "avx512_vnni"}), 8, 32_000_000_000, "", ("NVIDIA GeForce RTX 4090",))
+PC = Machine("x86_64", frozenset({"avx2", "avx512_vnni"}), 8, 32_000_000_000, "", (Gpu("NVIDIA GeForce RTX 4090"),))
 
 
 def test_without_tensorrt_a_gpu_machine_builds_for_its_cpu() -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from edge_sdk.profiles import DeviceProfile, Machine, detect, load_profiles
+from edge_sdk.profiles import DeviceProfile, Gpu, Machine, detect, load_profiles
 
 PROFILES = load_profiles()
 BARE = Machine("x86_64", frozenset({"avx2"}), 4, 8 << 30, "", ())
@@ -30,8 +30,8 @@ def test_profile_is_sound(profile: DeviceProfile) -> None:
         (BARE, "cpu-x86-avx2"),
         (replace(BARE, cpu_flags=frozenset({"avx2", "avx_vnni"})), "cpu-x86"),
         (replace(BARE, cpu_flags=frozenset({"avx2", "avx512_vnni"})), "cpu-x86"),
-        (replace(BARE, gpus=("NVIDIA GeForce RTX 4070 Laptop GPU",)), "desktop-rtx-40"),
-        (replace(BARE, gpus=("NVIDIA H100 80GB HBM3",)), "datacenter-h100"),
+        (replace(BARE, gpus=(Gpu("NVIDIA GeForce RTX 4070 Laptop GPU"),)), "desktop-rtx-40"),
+        (replace(BARE, gpus=(Gpu("NVIDIA H100 80GB HBM3"),)), "datacenter-h100"),
         (Machine("aarch64", frozenset({"asimd"}), 4, 8 << 30, "", ()), "cpu-arm64"),
         (Machine("aarch64", frozenset(), 4, 8 << 30, "Raspberry Pi 5 Model B Rev 1.0", ()), "raspberry-pi-5"),
         (
@@ -39,7 +39,7 @@ def test_profile_is_sound(profile: DeviceProfile) -> None:
             "jetson-orin-nano",
         ),
         (Machine("aarch64", frozenset(), 12, 64 << 30, "NVIDIA Jetson AGX Orin Developer Kit", ()), "jetson-agx-orin"),
-        (Machine("aarch64", frozenset(), 20, 128 << 30, "", ("NVIDIA GB10",)), "dgx-spark"),
+        (Machine("aarch64", frozenset(), 20, 128 << 30, "", (Gpu("NVIDIA GB10"),)), "dgx-spark"),
     ],
 )
 def test_machines_find_their_profile(machine: Machine, name: str) -> None:

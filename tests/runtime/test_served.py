@@ -36,7 +36,7 @@ class Place:
 
     def hire(self, factor: float) -> tuple[Worker, Engine]:
         package = make_package(self.folder / str(factor), scaling(factor), name="m")
-        engine = load_engine(package)
+        engine = load_engine(package).engine
         return Worker(package, engine, task_of(package), clock=lambda: 0.0), engine
 
 
