@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_sdk.backends.base import Engine
+from edge_sdk.backends.registry import Loaded
 from edge_sdk.backends.registry import load_engine as load_with_backend
 from edge_sdk.package import EnginePackage
 from edge_sdk.tensors import Array, Outputs, TensorSpec, check_feeds
@@ -22,9 +22,13 @@ class LoadedEngine:
     ...     engine.infer({"image": images})["probabilities"]
     """
 
-    def __init__(self, package: EnginePackage, engine: Engine) -> None:
+    def __init__(self, package: EnginePackage, loaded: Loaded) -> None:
         self.package = package
-        self._engine = engine
+        self.backend = loaded.backend
+        """What runs it: `tensorrt`, `onnxruntime`."""
+        self.second_best = loaded.second_best
+        """Why that is not the backend the package prefers; empty if it is."""
+        self._engine = loaded.engine
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -59,18 +63,21 @@ class LoadedEngine:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<LoadedEngine {self.package}>"
+        return f"<LoadedEngine {self.package} on {self.backend}>"
 
 
 def load_engine(package: EnginePackage | str | os.PathLike[str]) -> LoadedEngine:
     """Load the engine of a package (or of the package in that directory), every file checked against its digest.
+
+    Where the package prefers a backend that has no engine for this machine, its graph runs with the next one; what runs
+    it, and why, are `backend` and `second_best`.
 
     Raises PackageError if it is no package or was altered, PackageMismatch if it does not fit this machine,
     BackendUnavailable if the runtime it needs is not installed, EngineFailed if the runtime refuses it.
     """
     opened = package if isinstance(package, EnginePackage) else EnginePackage.open(package)
     opened.verify()
-    return LoadedEngine(opened, load_with_backend(opened).engine)
+    return LoadedEngine(opened, load_with_backend(opened))
 
 
 def _native(array: Array) -> Array:

@@ -34,7 +34,7 @@ def metadata(versions: Sequence[ServedModel]) -> dict[str, Any]:
     """The Open Inference Protocol's model metadata, and how the model is.
 
     `versions` is the newest first. The first that is ready speaks for the model: it is the one that a request without
-    a version is answered by.
+    a version is answered by. `backend` is what really answers, which changes when an engine has been built.
     """
     speaker = next((model for model in versions if model.package is not None), versions[0])
     described: dict[str, Any] = {
@@ -42,17 +42,19 @@ def metadata(versions: Sequence[ServedModel]) -> dict[str, Any]:
         "versions": [model.version for model in versions],
         "state": speaker.state,
     }
+    if speaker.progress_percent is not None:
+        described["progress_percent"] = speaker.progress_percent
     if speaker.reason:
         described["reason"] = _without_paths(speaker.reason)
     if (package := speaker.package) is not None:
         manifest = package.manifest
         described |= {
-            "platform": f"edge-sdk_{manifest.backend.name}",
+            "platform": f"edge-sdk_{speaker.backend}",
             "inputs": [_tensor(spec) for spec in manifest.inputs],
             "outputs": [_tensor(spec) for spec in manifest.outputs],
             "task": manifest.task,
             "precision": manifest.precision,
-            "backend": manifest.backend.name,
+            "backend": speaker.backend,
             "profile": manifest.profile,
             "sha256": speaker.digest,
             "max_batch": manifest.batching.max_batch,

@@ -21,14 +21,16 @@ The promises, and where each is kept:
   and is refused if the payload is another. What is remembered is bounded in bytes and in time.
 * *An answer larger than the broker takes is replaced by a 413* before it is sent, not resent for ever.
 
-Not kept across a restart of the daemon: what was answered. A request whose answer was taken but whose acknowledgement
-was lost is computed again, and its client drops the second answer.
+What was answered is kept across a restart of the daemon only if the session is `durable`: then each answer is handed
+out in a Record before it is in a Publish, and `restore` takes up what a former daemon recorded. Otherwise a request
+whose answer was taken but whose acknowledgement was lost is computed again, and its client drops the second answer.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal, Union
 
@@ -47,7 +49,7 @@ DEFAULT_WINDOW = 64
 _COST_OF_OBJECTS = 2048
 """Bytes of Python objects around a remembered answer, about."""
 
-_Key = tuple[str, str, bytes]
+Key = tuple[str, str, bytes]
 """Request topic, reply topic, correlation data: what tells a request from any other."""
 
 _FORGOTTEN = Message("", b"")
@@ -86,7 +88,27 @@ class Acknowledge:
     received: Received
 
 
-Action = Union[Publish, Acknowledge]
+@dataclass(frozen=True)
+class Recorded:
+    """An answer as it is written down: enough to give it again, and to know the request that asks for it again."""
+
+    key: Key
+    fingerprint: bytes
+    answer: Message
+    until: float
+    taken: bool = False
+    """Whether the broker took it."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """Write down, before anything after it is done, these answers, and that those of these requests were taken."""
+
+    answers: tuple[Recorded, ...]
+    taken: tuple[Key, ...]
+
+
+Action = Union[Record, Publish, Acknowledge]
 
 
 @dataclass
@@ -110,8 +132,8 @@ class SessionCounts:
 class _Job:
     """A request from its arrival to the acknowledgement of everything that asked for it."""
 
-    key: _Key | None
-    fingerprint: int
+    key: Key | None
+    fingerprint: bytes
     entries: list[_LedgerEntry] = field(default_factory=list)
 
 
@@ -125,7 +147,7 @@ class _LedgerEntry:
 
 @dataclass(frozen=True)
 class _Remembered:
-    fingerprint: int
+    fingerprint: bytes
     answer: Message
     until: float
 
@@ -153,6 +175,7 @@ class Session:
         window: int = DEFAULT_WINDOW,
         remembered_bytes: int = 8 * 1024 * 1024,
         remembered_s: float = 60.0,
+        durable: bool = False,
     ) -> None:
         """`packet_size` is the size of a message on the wire; `too_large` the answer in place of one over a limit."""
         self.counts = SessionCounts()
@@ -161,13 +184,16 @@ class Session:
         self._own_window = window
         self._remembered_bytes = remembered_bytes
         self._remembered_s = remembered_s
+        self._durable = durable
+        self._unrecorded: list[Recorded] = []
+        self._taken: list[Key] = []
         self._connected = False
         self._limits = BrokerLimits()
         self._last_number = 0
         self._ledger: deque[_LedgerEntry] = deque()
         self._jobs: dict[int, _Job] = {}
-        self._computing: dict[_Key, int] = {}
-        self._remembered: OrderedDict[_Key, _Remembered] = OrderedDict()
+        self._computing: dict[Key, int] = {}
+        self._remembered: OrderedDict[Key, _Remembered] = OrderedDict()
         self._held_bytes = 0
         self._outbox: deque[_Outgoing] = deque()
         self._in_flight: OrderedDict[int, _Outgoing] = OrderedDict()
@@ -199,20 +225,20 @@ class Session:
         """Take a message into the books. `route` None: there is no way back; it is acknowledged when `answered`."""
         self.counts.received += 1
         entry = self._enter(event)
-        key, fingerprint = None, 0
+        key, fingerprint = None, b""
         if route is not None and route.identifies:
             key = (event.message.topic, route.topic, route.correlation_data or b"")
-            fingerprint = hash((event.message.payload, event.message.properties.content_type))
+            fingerprint = self._fingerprint(event.message)
         if key is not None:
             if (ticket := self._computing.get(key)) is not None:
                 if self._jobs[ticket].fingerprint == fingerprint:
                     self.counts.duplicates += 1
                     self._jobs[ticket].entries.append(entry)
                     return Intake(ticket, "joined")
-                return Intake(self._new_job(None, 0, entry), "reused")
+                return Intake(self._new_job(None, b"", entry), "reused")
             if (known := self._recall(key, now)) is not None:
                 self.counts.duplicates += 1
-                ticket = self._new_job(None, 0, entry)
+                ticket = self._new_job(None, b"", entry)
                 if known.fingerprint != fingerprint:
                     return Intake(ticket, "reused")
                 self._outbox.append(_Outgoing(_marked_duplicate(known.answer), ticket))
@@ -228,7 +254,10 @@ class Session:
             self._settle(ticket)
             return
         if job.key is not None:
-            self._remember(job.key, _Remembered(job.fingerprint, answer, now + self._remembered_s), now)
+            until = now + self._remembered_s
+            self._remember(job.key, _Remembered(job.fingerprint, answer, until), now)
+            if self._durable:
+                self._unrecorded.append(Recorded(job.key, job.fingerprint, answer, until))
         self._outbox.append(_Outgoing(answer, ticket))
 
     def announce(self, message: Message) -> None:
@@ -249,15 +278,32 @@ class Session:
         if outgoing.ticket is not None:
             self.counts.unheard += event.code == NO_MATCHING_SUBSCRIBERS
             self.counts.refused += event.code >= FAILURE
+            if self._durable and (key := self._jobs[outgoing.ticket].key) is not None:
+                self._taken.append(key)
             self._settle(outgoing.ticket)
+
+    def restore(self, recorded: Iterable[Recorded], now: float) -> None:
+        """Take up what a former daemon answered: what the broker did not take goes out again, all of it is known.
+
+        For a session that has not yet been connected.
+        """
+        for one in recorded:
+            self._remember(one.key, _Remembered(one.fingerprint, one.answer, one.until), now)
+            if not one.taken:
+                self.counts.resent += 1
+                self._outbox.append(_Outgoing(_marked_duplicate(one.answer), self._new_job(None, b"")))
 
     # What to do
 
     def due(self) -> list[Action]:
         """Everything that may be done now, in order. What it gives back counts as done."""
-        if not self._connected:
-            return []
         actions: list[Action] = []
+        if self._unrecorded or self._taken:  # also without a connection: what is computed then is worth keeping
+            actions.append(Record(tuple(self._unrecorded), tuple(self._taken)))
+            self._unrecorded.clear()
+            self._taken.clear()
+        if not self._connected:
+            return actions
         while self._outbox and len(self._in_flight) + len(self._unnumbered) < self._window:
             outgoing = self._fitting(self._outbox.popleft())
             self._last_number += 1
@@ -296,12 +342,19 @@ class Session:
             self._ledger.append(entry)
         return entry
 
-    def _new_job(self, key: _Key | None, fingerprint: int, entry: _LedgerEntry) -> int:
+    def _new_job(self, key: Key | None, fingerprint: bytes, *entries: _LedgerEntry) -> int:
         self._last_number += 1
-        self._jobs[self._last_number] = _Job(key, fingerprint, [entry])
+        self._jobs[self._last_number] = _Job(key, fingerprint, list(entries))
         if key is not None:
             self._computing[key] = self._last_number
         return self._last_number
+
+    def _fingerprint(self, request: Message) -> bytes:
+        """Tells one payload from another: in this process, or (if it is to be written down) in any."""
+        content_type = request.properties.content_type or ""
+        if self._durable:
+            return hashlib.sha256(content_type.encode() + b"\0" + request.payload).digest()
+        return hash((request.payload, content_type)).to_bytes(8, "little", signed=True)
 
     def _settle(self, ticket: int) -> None:
         """A request is done with: everything that asked for it may be acknowledged in its turn."""
@@ -315,7 +368,7 @@ class Session:
         self.counts.oversized += 1
         return replace(outgoing, message=self._too_large(outgoing.message, limit))
 
-    def _remember(self, key: _Key, remembered: _Remembered, now: float) -> None:
+    def _remember(self, key: Key, remembered: _Remembered, now: float) -> None:
         if (former := self._remembered.pop(key, None)) is not None:
             self._held_bytes -= former.cost
         self._held_bytes += remembered.cost
@@ -326,7 +379,7 @@ class Session:
                 break
             self._held_bytes -= self._remembered.popitem(last=False)[1].cost
 
-    def _recall(self, key: _Key, now: float) -> _Remembered | None:
+    def _recall(self, key: Key, now: float) -> _Remembered | None:
         known = self._remembered.get(key)
         return known if known is not None and known.until > now else None
 

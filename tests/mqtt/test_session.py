@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from edge_sdk.mqtt.session import Acknowledge, Intake, Publish, ReplyRoute, Session
+from edge_sdk.mqtt.session import Acknowledge, Intake, Publish, Record, ReplyRoute, Session
 from edge_sdk.mqtt.transports.base import (
     FAILURE,
     NO_MATCHING_SUBSCRIBERS,
@@ -428,6 +428,7 @@ class AnySequence(RuleBasedStateMachine):
     def perform(self) -> None:
         for action in self.session.due():
             assert self.connected
+            assert not isinstance(action, Record)
             if isinstance(action, Publish):
                 self.handle += 1
                 self.in_flight[self.handle] = action.message.payload
