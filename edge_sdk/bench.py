@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_sdk.errors import RequestError
+from edge_sdk.errors import DeviceLost, RequestError
 from edge_sdk.package import EnginePackage
 from edge_sdk.runtime.batching import QueueLimits
 from edge_sdk.runtime.messages import Answer, Request
@@ -103,6 +103,13 @@ def in_process(package: EnginePackage) -> Iterator[Callable[[Payload], Future[Bo
         else:
             future.set_result(answer.result)
 
+    def lose(loss: DeviceLost) -> None:
+        with lock:
+            lost = [*pending.values()]
+            pending.clear()
+        for future in lost:
+            future.set_exception(loss)
+
     def submit(payload: Payload) -> Future[Body]:
         nonlocal last
         future: Future[Body] = Future()
@@ -118,7 +125,7 @@ def in_process(package: EnginePackage) -> Iterator[Callable[[Payload], Future[Bo
         return future
 
     served = ServedModel(
-        package.name, package.version, limits=QueueLimits(), on_answer=finish, clock=time.monotonic
+        package.name, package.version, limits=QueueLimits(), on_answer=finish, on_lost=lose, clock=time.monotonic
     )  # fmt: skip
     worker = Worker.load(package)
     worker.warm_up()

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from edge_sdk.settings import Settings
 
 INTERRUPTED = 130
+_ENGINE_CACHE = "EDGE_SDK_ENGINE_CACHE"
+"""The setting `engine_cache`, for commands that need no other."""
 EXIT_CODES = __doc__.split("\n\n")[1].replace("\n", " ") if __doc__ else ""
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -201,14 +203,19 @@ def inspect(path: Path, as_json: bool) -> None:
 
 
 def _show_package(package: EnginePackage, as_json: bool) -> None:
+    from edge_sdk.doctor import engine_fit
     from edge_sdk.profiles import Machine
 
     machine = Machine.read(gpus=False)
     reasons, notes = package.mismatches(machine), package.notes(machine)
     package.verify()
+    store = os.environ.get(_ENGINE_CACHE)
+    engine = engine_fit(package, Path(store) if store else None) if not reasons else None
     manifest = package.manifest.model_dump(mode="json", exclude_none=True)
     if as_json:
-        fit = {"fits": not reasons, "why_not": list(reasons), "notes": list(notes)}
+        fit: dict[str, Any] = {"fits": not reasons, "why_not": list(reasons), "notes": list(notes)}
+        if engine is not None:
+            fit["engine"] = engine.to_dict()
         click.echo(_json({**manifest, "path": str(package.path), **fit}))
         return
     click.echo("\n".join(_settings_lines(_readable(manifest))))
@@ -216,6 +223,41 @@ def _show_package(package: EnginePackage, as_json: bool) -> None:
     click.echo("it fits this machine" if not reasons else f"it does not fit this machine: {'; '.join(reasons)}")
     for note in notes:
         click.echo(f"note: {note}")
+    if engine is not None:
+        click.echo(f"engine: {engine.text()}")
+        if engine.fix:
+            click.echo(f"        -> {engine.fix}")
+
+
+@main.command(short_help="Vouch for the engine in a package from elsewhere.")
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option(
+    "--store", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="By default this user's."
+)
+@_with_json
+def trust(package: Path, store: Path | None, as_json: bool) -> None:
+    """Let this machine load the compiled engine in PACKAGE, which another machine built: do so if you know who did.
+
+    An engine is a program. One that was built elsewhere is not loaded until its copy in this machine's store is signed
+    with this machine's key, which this does - unless it would not be loaded anyhow, for another GPU or version say.
+
+    \b
+    Example:
+      edge-sdk trust engines/digits/build/desktop-rtx-30
+    """
+    from edge_sdk.backends.tensorrt import TensorRTBackend
+    from edge_sdk.package import EnginePackage
+
+    opened = EnginePackage.open(package)
+    opened.verify()
+    trusted = TensorRTBackend(store).trust(opened)
+    if as_json:
+        engine = trusted.sidecar.model_dump(mode="json")
+        click.echo(_json({"package": str(opened), "entry": str(trusted.entry), "key": trusted.key, "engine": engine}))
+        return
+    click.echo(f"{opened}: its engine may be loaded here from now on")
+    click.echo(f"engine: {trusted.sidecar}")
+    click.echo(f"copy:   {trusted.entry}, signed with this machine's key {trusted.key}")
 
 
 @main.command("build-engine", short_help="Build an engine package.")

@@ -9,6 +9,9 @@ what is computed together the planner's.
 
 It stops like this: take nothing new (what the broker still has, it keeps for us), finish what was accepted within
 `drain_s`, say `offline`, disconnect, exit 0.
+
+A lost device ends it at once, without a goodbye: no answer that could still be given would be right, and the broker,
+which has no acknowledgement of what was being computed, gives that to the next daemon.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from typing import Any
 from edge_sdk.backends.registry import usable_profile
 from edge_sdk.errors import (
     DeadlineExceeded,
+    DeviceLost,
     EdgeSdkError,
     IdReused,
     ProfileError,
@@ -121,6 +125,9 @@ class Daemon:
             profile=self._profile,
             limits=QueueLimits(settings.limits.max_queue, settings.limits.max_queue_bytes),
             inline_ms=settings.serving.inline_ms,
+            on_lost=_end_lost,
+            store=settings.engine_cache,
+            building=settings.building.enabled,
         )
         self._routes: dict[int, tuple[ReplyRoute, float]] = {}  # ticket -> where the answer goes, and by when
         self._answers: deque[Answer] = deque()  # appended by any thread
@@ -412,7 +419,7 @@ class Daemon:
 
     def _status(self) -> str:
         models = self._service.models()
-        ready = sum(model.state == "READY" for model in models)
+        ready = sum(model.answers for model in models)
         connected = "connected" if self._reconnection.is_connected else "not connected"
         return f"{ready} of {len(models)} models ready, {connected}"
 
@@ -527,6 +534,16 @@ def _resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, IndexError, ValueError):
         return 0
+
+
+_ending = threading.Lock()
+
+
+def _end_lost(loss: DeviceLost) -> None:
+    """End the process, on whichever thread computed; the others will find their engines in the same state."""
+    if _ending.acquire(blocking=False):
+        log.critical("%s Ending, to be started anew; the broker has what was not answered.", loss)
+        os._exit(loss.exit_code)
 
 
 def _end_now() -> None:

@@ -17,6 +17,9 @@ from typing import Any, Literal
 from edge_sdk import __version__, console
 from edge_sdk.backends.base import installed_version
 from edge_sdk.backends.registry import NAMES, backend
+from edge_sdk.backends.tensorrt import TensorRTBackend, facts
+from edge_sdk.backends.tensorrt.candidates import Candidate
+from edge_sdk.backends.tensorrt.sidecar import TITLES, newest_cuda
 from edge_sdk.errors import EdgeSdkError, ProfileError, SettingsError
 from edge_sdk.mqtt.broker import find_broker, find_mosquitto
 from edge_sdk.package import EnginePackage, package_folders
@@ -77,24 +80,45 @@ def _profile(machine: Machine, settings: Settings) -> Iterator[Finding]:
 
 
 def _gpus(machine: Machine, settings: Settings) -> Iterator[Finding]:
-    flavours = [
-        f"{module} {installed_version(module, *distributions)}"
-        for module, distributions in (
-            ("tensorrt", ("tensorrt", "tensorrt_cu13", "tensorrt_cu12")),
-            ("tensorrt_rtx", ("tensorrt_rtx", "tensorrt-rtx")),
-        )
-        if importlib.util.find_spec(module) is not None
-    ]
+    for gpu in machine.gpus:
+        told = [gpu.name]
+        if gpu.compute_capability is not None:
+            told.append(f"compute capability {gpu.compute_capability}")
+        if gpu.memory_bytes is not None:
+            told.append(f"{console.size(gpu.memory_bytes)} memory")
+        if gpu.driver is not None:
+            told.append(f"driver {gpu.driver} (programs of CUDA {newest_cuda(gpu.driver) or 'before 11'})")
+        yield Finding("GPU", "ok", ", ".join(told))
+    flavours, has_gpu = facts.flavours(), facts.here("tensorrt", machine).gpu is not None
+    if not machine.gpus:
+        detail = f"that of {machine.device_tree}" if has_gpu else "no NVIDIA GPU was found"
+        yield Finding("GPU", "ok" if has_gpu else "note", detail)
+    for subject, found, fix in (
+        (
+            "TensorRT",
+            [f"{TITLES[flavour]} {version}" for flavour, version in flavours.items()],
+            f"{facts.install_fix(machine, facts.flavour_for(machine))} Until then the CPU computes.",
+        ),
+        ("CUDA binding", facts.cuda_bindings(), facts.BINDING_FIX),
+    ):
+        detail = ", ".join(found) or "not installed"
+        yield Finding(subject, "ok" if found else "note", detail, fix if has_gpu and not found else "")
+
+
+def _store(machine: Machine, settings: Settings) -> Iterator[Finding]:
+    """Where engines that are compiled here are kept: a place that cannot be written means a build at every start."""
+    health = TensorRTBackend(settings.engine_cache).store.check()
+    if not health:
+        level: Level = "fault" if facts.flavours() and machine.gpus else "note"
+        yield Finding("engine store", level, health.why_not, health.fix)
+        return
+    key = "with its key" if health.has_key else "no key yet"
     yield Finding(
-        "GPU", "ok" if machine.gpus else "note", ", ".join(map(str, machine.gpus)) or "no NVIDIA GPU was found"
+        "engine store",
+        "ok",
+        f"{health.folder} can be written, {key}, {health.engines} engines, {console.size(health.bytes)} of at most "
+        f"{console.size(health.limit_bytes)}",
     )
-    detail = ", ".join(flavours) or "not installed"
-    if machine.gpus and not flavours:
-        yield Finding(
-            "TensorRT", "note", detail, "Jetson: it comes with JetPack. RTX: pip install tensorrt-rtx. Until then: CPU."
-        )
-    else:
-        yield Finding("TensorRT", "ok" if flavours else "note", detail)
 
 
 def _backends(machine: Machine, settings: Settings) -> Iterator[Finding]:
@@ -151,10 +175,10 @@ def _engines(machine: Machine, settings: Settings) -> Iterator[Finding]:
     if not packages:
         yield Finding("engines", "note", f"{folder} holds no package", "`edge-sdk build-engine` makes one.")
     for path in packages:
-        yield _package(path, machine)
+        yield _package(path, machine, settings.engine_cache)
 
 
-def _package(path: Path, machine: Machine) -> Finding:
+def _package(path: Path, machine: Machine, store: Path | None) -> Finding:
     try:
         package = EnginePackage.open(path)
         package.verify()
@@ -162,9 +186,55 @@ def _package(path: Path, machine: Machine) -> Finding:
         return Finding(f"package {path.name}", "fault", exc.problem, exc.fix)
     if reasons := package.mismatches(machine):
         return Finding(str(package), "note", f"does not fit this machine: {'; '.join(reasons)}", "Build it here.")
-    if notes := package.notes(machine):
+    notes = package.notes(machine)
+    if (fit := engine_fit(package, store)) is not None and not fit.place:
+        return Finding(str(package), "note", "; ".join((*notes, fit.text())), fit.fix)
+    if notes:
         return Finding(str(package), "note", " ".join(notes))
-    return Finding(str(package), "ok", f"sound, {os.fspath(path)}")
+    return Finding(str(package), "ok", f"sound, {os.fspath(path)}{f'; {fit.text()}' if fit is not None else ''}")
+
+
+@dataclass(frozen=True)
+class EngineFit:
+    """Whether a package of a backend that compiles has an engine that may be loaded here, and if not why."""
+
+    place: str
+    """Of the engine that would be loaded; empty if there is none."""
+    why_not: tuple[str, ...]
+    """For each engine that was found, what is against it."""
+    meanwhile: str
+    """What answers where none may be loaded; empty if nothing here can."""
+    fix: str
+
+    def text(self) -> str:
+        if self.place:
+            return f"{self.place} fits this machine"
+        lacking = f"no engine fits this machine ({'. '.join(self.why_not)})" if self.why_not else "it has no engine yet"
+        return f"{lacking}; {self.meanwhile or 'nothing'} answers until one does"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"fits": bool(self.place), **asdict(self)}
+
+
+def engine_fit(package: EnginePackage, store: Path | None = None) -> EngineFit | None:
+    """Where the engine of `package` would come from; None if its backend compiles none. Loads nothing of NVIDIA's."""
+    if package.manifest.backend.name != TensorRTBackend.name:
+        return None
+    tensorrt = TensorRTBackend(store)
+    meanwhile = ""
+    try:
+        meanwhile = _second_best(package)
+        found: tuple[Candidate, ...] = tensorrt.fit(package)
+        if place := next((candidate.place for candidate in found if not candidate.reasons), ""):
+            return EngineFit(place, (), "", "")
+        return EngineFit("", tuple(map(str, found)), meanwhile, tensorrt.next_step(package, found))
+    except EdgeSdkError as exc:
+        return EngineFit("", (exc.problem,), meanwhile, exc.fix)
+
+
+def _second_best(package: EnginePackage) -> str:
+    others = [name for name in package.profile().backends if name != package.manifest.backend.name]
+    return next((name for name in others if backend(name).availability()), "")
 
 
 _LOOKS: tuple[Callable[[Machine, Settings], Iterator[Finding]], ...] = (
@@ -172,6 +242,7 @@ _LOOKS: tuple[Callable[[Machine, Settings], Iterator[Finding]], ...] = (
     _processor,
     _profile,
     _gpus,
+    _store,
     _backends,
     _extras,
     _broker,

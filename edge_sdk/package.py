@@ -19,22 +19,25 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import io
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from edge_sdk.errors import PackageError, ProfileError
+from edge_sdk.errors import PackageError, ProfileError, RequestError
 from edge_sdk.profiles import DeviceProfile, Machine, Precision, fitting_conditions, lacking_cpu_flags, load_profile
 from edge_sdk.spec import NAME, Axis, Postprocess, Preprocess, TaskName
-from edge_sdk.tensors import TensorSpec
+from edge_sdk.tensors import Array, Feeds, TensorSpec, check_feeds, element_count
 from edge_sdk.toml import describe
 
 FORMAT = 1
@@ -43,6 +46,9 @@ MANIFEST = "manifest.json"
 LABELS = "labels.txt"
 PROFILE = "profile.json"
 GOLDEN = "golden.npz"
+MAX_GOLDEN_REQUESTS = 16
+MAX_GOLDEN_BYTES = 64 << 20
+"""Of all golden requests together, unpacked."""
 
 
 class Record(BaseModel):
@@ -249,6 +255,31 @@ class EnginePackage:
             return ()
         return tuple(self.read(LABELS).decode("utf-8").splitlines())
 
+    def golden(self) -> list[Feeds]:
+        """The requests on which an engine is compared with the graph; none where the package holds none.
+
+        PackageError unless they are plain numbers, of a bounded size, and fit the manifest's inputs.
+        """
+        if GOLDEN not in self.manifest.files:
+            return []
+        try:
+            requests = _unpacked_requests(self.read(GOLDEN))
+            for feeds in requests:
+                check_feeds(feeds, self.manifest.inputs)
+        except PackageError:
+            raise
+        except RequestError as exc:
+            raise self._bad_golden(exc.problem) from exc
+        except Exception as exc:  # zipfile and numpy's header parser let through what their own parsers raise
+            raise self._bad_golden(str(exc) or type(exc).__name__) from exc
+        return requests
+
+    def _bad_golden(self, why: str) -> PackageError:
+        return PackageError(
+            f"{self.path / GOLDEN} does not hold requests for the model: {why[:300].rstrip('.')}.",
+            fix="Build the package again.",
+        )
+
     def profile(self) -> DeviceProfile:
         """The device profile it was built for, with the options it was measured to run fastest with.
 
@@ -361,6 +392,47 @@ def seal(folder: Path, manifest: Manifest) -> Manifest:
         encoding="utf-8",
     )
     return sealed
+
+
+def packed_requests(requests: Sequence[Feeds]) -> bytes:
+    """The bytes of a golden.npz: one array for each input of each request, named `<number of the request>/<input>`."""
+    packed = io.BytesIO()
+    arrays: dict[str, Any] = {
+        f"{index}/{name}": array for index, feeds in enumerate(requests) for name, array in feeds.items()
+    }
+    np.savez_compressed(packed, **arrays)
+    return packed.getvalue()
+
+
+def _unpacked_requests(data: bytes) -> list[Feeds]:
+    """What `packed_requests` packed. ValueError where it is something else, and whatever zipfile and numpy raise."""
+    requests: list[Feeds] = []
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = archive.infolist()
+        if sum(member.file_size for member in members) > MAX_GOLDEN_BYTES:
+            raise ValueError(f"its requests have more than {MAX_GOLDEN_BYTES:,} bytes")
+        for member in members:
+            number, _, name = member.filename.removesuffix(".npy").partition("/")
+            if number == str(len(requests)) and len(requests) < MAX_GOLDEN_REQUESTS:
+                requests.append({})
+            if not requests or number != str(len(requests) - 1):
+                raise ValueError(f"{member.filename[:80]!r} is not of the next request, or of too many")
+            requests[-1][name] = _array(archive.read(member))
+    return requests
+
+
+def _array(data: bytes) -> Array:
+    """The array of plain numbers that `data` holds in numpy's format; nothing is allocated on its header's word."""
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(stream)
+    if dtype.kind not in "biuf" or (fortran and len(shape) > 1):
+        raise ValueError(f"an array of {str(dtype)[:40]} is not one of plain numbers in C order")
+    count = element_count(shape)
+    if len(data) - stream.tell() != count * dtype.itemsize:
+        raise ValueError("an array's header promises another size than it has")
+    return np.frombuffer(data, dtype, count, stream.tell()).reshape(shape)
 
 
 def file_sha256(file: Path) -> str:

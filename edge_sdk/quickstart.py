@@ -175,7 +175,7 @@ def _wait_until_ready(client: Client, model: str, daemon: subprocess.Popen[bytes
     give_up_at = time.monotonic() + _START_LIMIT_S
     while time.monotonic() < give_up_at and daemon.poll() is None:
         try:
-            if client.metadata(model)["state"] == "READY":
+            if client.metadata(model)["state"] in ("READY", "BUILDING"):  # both answer
                 return
         except NoAnswer:
             pass  # it has not said anything yet

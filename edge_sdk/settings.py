@@ -86,6 +86,12 @@ class Serving(Table):
     """The device profile preferred where a model was built for several; None: the one detected."""
 
 
+class Building(Table):
+    enabled: bool = True
+    """Whether engines are built here for packages that come without one that fits. The graph answers meanwhile; where
+    this is off, for good."""
+
+
 class Settings(Table):
     """Everything `edge-sdk serve` can be told."""
 
@@ -93,6 +99,8 @@ class Settings(Table):
     """This device's name in topics. The default is made from /etc/machine-id, so that no two devices share one."""
     root: str = DEFAULT_ROOT
     engines: Path = Path("engines")
+    engine_cache: Path | None = None
+    """The folder for engines that are built here; None: the cache folder of the service or of the user."""
     reply_prefixes: tuple[str, ...] = ()
     """Further topic prefixes a Response Topic may begin with, beside `<root>/reply/`."""
     stats_interval_s: float = Field(default=10.0, gt=0)
@@ -100,6 +108,7 @@ class Settings(Table):
     broker: Broker = Broker()
     limits: Limits = Limits()
     serving: Serving = Serving()
+    building: Building = Building()
 
     @field_validator("reply_prefixes")
     @classmethod
@@ -149,7 +158,8 @@ def load_settings(
 def _anchor(data: dict[str, Any], folder: Path) -> None:
     """Make the file's paths relative to the file, not to wherever the daemon was started."""
     broker = data.get("broker")
-    for table, key in ((data, "engines"), (broker, "password_file"), (broker, "ca_file")):
+    paths = ((data, "engines"), (data, "engine_cache"), (broker, "password_file"), (broker, "ca_file"))
+    for table, key in paths:
         if isinstance(table, dict) and isinstance(table.get(key), str):
             table[key] = str(folder / table[key])
 

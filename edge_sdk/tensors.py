@@ -7,6 +7,7 @@ the model left nameless is called `"?"`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -178,6 +179,65 @@ def zeros(specs: Sequence[TensorSpec]) -> Feeds:
         shape = [axis if isinstance(axis, int) else 1 for axis in spec.shape]
         feeds[spec.name] = np.zeros(shape, dtype=spec.dtype)
     return feeds
+
+
+EXACT_DB = 150.0
+"""Stands for outputs without any difference: more than FP32 itself can tell apart."""
+_SILENCE = 1e-6
+"""Root mean square: where nothing but zeros was wanted, a noise below this is none."""
+
+
+def signal_to_noise_db(wanted: Sequence[Outputs], found: Sequence[Outputs]) -> float:
+    """How close answers are to those that were wanted, over all of them and of several outputs the worst: 40 dB is a
+    noise of 1 %. `EXACT_DB` for equal ones, its negative for answers that have nothing in common.
+
+    Floats decide where there are any: what an engine picks by them, such as a class, may tip over with the last bit.
+    Other outputs decide where there is nothing else. Where NaN or infinity was wanted, anything goes.
+
+    >>> signal_to_noise_db([{"y": np.ones(4)}], [{"y": np.full(4, 1.01)}])
+    40.0
+    """
+    outputs: dict[str, SignalToNoise] = {}
+    floats = any(array.dtype.kind == "f" for answer in wanted for array in answer.values())
+    for answer, other in zip(wanted, found):
+        for name, array in answer.items():
+            if name not in other or other[name].dtype != array.dtype:
+                return -EXACT_DB
+            if array.dtype.kind == "f" or not floats:
+                outputs.setdefault(name, SignalToNoise()).add(array, other[name])
+    return min((output.db for output in outputs.values()), default=EXACT_DB)
+
+
+@dataclass
+class SignalToNoise:
+    """How close one output is to the one that was wanted, over as many answers as are added."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+    count: int = 0
+
+    def add(self, wanted: Array, found: Array) -> None:
+        """Take another answer into the sums. Other shapes, or NaN where a number was wanted, are infinite noise."""
+        if found.shape != wanted.shape:
+            self.noise = math.inf
+        elif wanted.dtype == object:
+            self.signal += wanted.size
+            self.noise += 0.0 if np.array_equal(wanted, found) else math.inf
+        else:
+            exact, other = wanted.astype(np.float64), found.astype(np.float64)
+            counts = np.isfinite(exact)
+            noise = float(np.square(exact[counts] - other[counts]).sum())
+            self.signal += float(np.square(exact[counts]).sum())
+            self.noise += noise if math.isfinite(noise) else math.inf
+        self.count += wanted.size
+
+    @property
+    def db(self) -> float:
+        if self.noise == 0.0 or (self.signal == 0.0 and self.noise <= self.count * _SILENCE**2):
+            return EXACT_DB
+        if math.isinf(self.noise) or self.signal == 0.0:
+            return -EXACT_DB
+        return round(max(-EXACT_DB, min(EXACT_DB, 10 * math.log10(self.signal / self.noise))), 2)
 
 
 def _listed(names: set[str]) -> str:

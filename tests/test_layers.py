@@ -21,6 +21,8 @@ DOORS = {
     "onnxruntime": {"backends/onnxruntime.py"},
     "onnxslim": {"compile/modernize.py"},
     "paho": {"mqtt/transports/paho.py"},
+    "tensorrt": {"backends/tensorrt/api.py"},
+    "tensorrt_rtx": {"backends/tensorrt/api.py"},
     "tomllib": {"toml.py"},
     "tomli": {"toml.py"},
 }

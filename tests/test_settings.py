@@ -161,9 +161,9 @@ def test_a_reply_prefix_is_a_whole_level(prefix: str) -> None:
 
 def test_paths_in_a_file_are_relative_to_the_file(tmp_path: Path) -> None:
     file = tmp_path / "edge-sdk.toml"
-    file.write_text('engines = "e"\n[broker]\npassword_file = "p"\nca_file = "/etc/ca.pem"\n')
+    file.write_text('engines = "e"\nengine_cache = "c"\n[broker]\npassword_file = "p"\nca_file = "/etc/ca.pem"\n')
     settings = load_settings(file, environment={})
 
-    assert tmp_path / "e" == settings.engines
+    assert (tmp_path / "e", tmp_path / "c") == (settings.engines, settings.engine_cache)
     assert tmp_path / "p" == settings.broker.password_file
     assert Path("/etc/ca.pem") == settings.broker.ca_file

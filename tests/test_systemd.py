@@ -13,7 +13,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 UNIT = ROOT / "systemd" / "edge-sdk.service"
-README = ROOT / "systemd" / "README.md"
 DIGITS = ROOT / "engines" / "digits" / "digits.onnx"
 
 MAX_EXPOSURE = 2.0
@@ -24,10 +23,12 @@ PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN = 65, 1  # linux/prctl.h, Linux 6.3 and la
 needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 
 
-def gpu_drop_ins() -> list[str]:
-    """The two examples in the README's chapter on GPUs: a graphics card, a Jetson."""
-    chapter = README.read_text(encoding="utf-8").split("\n## GPU\n")[1].split("\n## ")[0]
-    return re.findall(r"```ini\n(.*?)```", chapter, re.DOTALL)
+DROP_INS = {
+    "cpu": "",
+    "graphics-card": (ROOT / "systemd" / "edge-sdk-gpu.conf").read_text(encoding="utf-8"),
+    "jetson": (ROOT / "systemd" / "edge-sdk-jetson.conf").read_text(encoding="utf-8"),
+}
+"""What comes on top of the unit, by the kind of device."""
 
 
 def unit_in(folder: Path, drop_in: str = "") -> Path:
@@ -63,9 +64,9 @@ def exposure(unit: Path) -> float:
 
 
 @needs_systemd
-@pytest.mark.parametrize("drop_in", ["", *gpu_drop_ins()], ids=["cpu", "graphics-card", "jetson"])
+@pytest.mark.parametrize("drop_in", DROP_INS.values(), ids=DROP_INS)
 def test_unit_is_valid(tmp_path: Path, drop_in: str) -> None:
-    """systemd understands every line, alone and with each GPU drop-in of the README."""
+    """systemd understands every line, alone and with each GPU's drop-in."""
     result = analyze("verify", str(unit_in(tmp_path, drop_in)))
     # An unknown key is a warning with exit status 0, and other units of this machine may have warnings of their own.
     complaints = "\n".join(line for line in result.stderr.splitlines() if "edge-sdk" in line)
@@ -76,12 +77,23 @@ def test_unit_is_valid(tmp_path: Path, drop_in: str) -> None:
 
 
 @needs_systemd
-@pytest.mark.parametrize("drop_in", ["", *gpu_drop_ins()], ids=["cpu", "graphics-card", "jetson"])
+@pytest.mark.parametrize("drop_in", DROP_INS.values(), ids=DROP_INS)
 def test_unit_is_hardened(tmp_path: Path, drop_in: str) -> None:
     """The service reaches little of the device, even when a GPU is opened to it."""
     actual = exposure(unit_in(tmp_path, drop_in))
 
     assert actual <= MAX_EXPOSURE
+
+
+@needs_systemd
+def test_the_devices_that_a_jetson_may_be_given_by_name_are_valid(tmp_path: Path) -> None:
+    """The lines that are commented out in its drop-in, once somebody puts them in."""
+    named = re.sub(r"^#(Device)", r"\1", DROP_INS["jetson"], flags=re.MULTILINE)
+    result = analyze("verify", str(unit_in(tmp_path, named)))
+    complaints = "\n".join(line for line in result.stderr.splitlines() if "edge-sdk" in line)
+
+    assert 3 == named.count("\nDeviceAllow=")
+    assert (0, "") == (result.returncode, complaints)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux")

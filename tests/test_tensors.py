@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from edge_sdk.errors import InvalidTensor
 from edge_sdk.tensors import (
     DTYPE_FROM_OIP,
+    EXACT_DB,
     MAX_ELEMENTS,
     OIP_FROM_DTYPE,
     TensorSpec,
@@ -21,6 +23,7 @@ from edge_sdk.tensors import (
     element_count,
     is_batchable,
     numpy_dtype,
+    signal_to_noise_db,
 )
 
 FREE = TensorSpec("x", "float32", ("batch", 3))
@@ -119,3 +122,32 @@ def test_allocate_makes_what_the_specs_say_or_nothing() -> None:
     assert {"x": ((4, 3), "float32"), "y": ((4, 2), "int64")} == {n: (a.shape, a.dtype.name) for n, a in made.items()}
     assert None is allocate([FREE, TensorSpec("z", "float32", ("batch", "found"))], 4)
     assert None is allocate([TensorSpec("z", "string", (1,))], 4)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found", "decibels"),
+    [
+        ({"y": [1.0, 2.0]}, {"y": [1.0, 2.0]}, EXACT_DB),
+        ({"y": [1.0, 1.0]}, {"y": [1.1, 0.9]}, 20.0),
+        ({"y": [1.0], "z": [1.0]}, {"y": [1.0], "z": [1.01]}, 40.0),
+        ({"y": [0.0, 0.0]}, {"y": [1e-8, 0.0]}, EXACT_DB),
+        ({"y": [0.0, 0.0]}, {"y": [0.1, 0.0]}, -EXACT_DB),
+        ({"y": [1.0, 1.0]}, {"y": [1.0, np.nan]}, -EXACT_DB),
+        ({"y": [1.0, np.nan]}, {"y": [1.0, 7.0]}, EXACT_DB),
+        ({"y": [1.0, 1.0]}, {"y": [1.0]}, -EXACT_DB),
+        ({"y": [1.0]}, {"z": [1.0]}, -EXACT_DB),
+        ({"y": [1.0], "class": [3]}, {"y": [1.0], "class": [4]}, EXACT_DB),
+        ({"class": [3]}, {"class": [3]}, EXACT_DB),
+        ({"class": [10]}, {"class": [11]}, 20.0),
+        ({}, {}, EXACT_DB),
+    ],
+    ids=[
+        "equal", "a tenth", "the worst output", "silence", "no silence", "nan", "nan was wanted", "shape", "name",
+        "a class beside scores", "only a class", "another class", "nothing",
+    ],
+)  # fmt: skip
+def test_signal_to_noise(wanted: dict[str, Any], found: dict[str, Any], decibels: float) -> None:
+    """Over all answers, of several outputs the worst; floats decide where there are any."""
+    one, other = ({name: np.array(value) for name, value in answer.items()} for answer in (wanted, found))
+
+    assert signal_to_noise_db([one, one], [other, other]) == pytest.approx(decibels, abs=0.01)

@@ -158,8 +158,11 @@ class Backend(Protocol):
         """Whether it can run here, found out without loading the vendor's library where that is possible."""
         ...
 
-    def can_build(self, profile: DeviceProfile) -> Availability:
-        """Whether it can make what `profile`'s device loads, on this machine: for some devices, any machine can."""
+    def can_build(self, profile: DeviceProfile, *, here: bool = False) -> Availability:
+        """Whether it can make what `profile`'s device loads, on this machine: for some devices, any machine can.
+
+        `here` as in EngineOrder: what this machine loads, with the profile's options.
+        """
         ...
 
     def build(

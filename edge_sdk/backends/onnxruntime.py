@@ -42,7 +42,7 @@ class OnnxRuntimeBackend:
             return Availability(None, "onnxruntime is not installed.", _INSTALL)
         return Availability(installed_version("onnxruntime", *_DISTRIBUTIONS))
 
-    def can_build(self, profile: DeviceProfile) -> Availability:
+    def can_build(self, profile: DeviceProfile, *, here: bool = False) -> Availability:
         return self.availability()
 
     def build(

@@ -6,8 +6,9 @@ a runtime that hangs, raises, answers NaN or takes the process down, with no moc
 
     edge_sdk.reference = [{"do": "raise", "when": 666.0}, {"do": "sleep", "seconds": 0.05}]
 
-`do` is `sleep`, `raise`, `nan` (in floating-point outputs) or `abort`. `when` is a value; the order is followed if any
-element of the first input equals it. Without `when` it is followed every time.
+`do` is `sleep`, `raise`, `nan` (in floating-point outputs), `abort` or `lose-device`. `when` is a value; the order is
+followed if any element of the first input equals it. Without `when` it is followed every time. With `once`, the path of
+a file, it is followed if the file is not there, and makes it: so a process that an order ended does better next time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 
 from edge_sdk.backends.base import Availability, EngineOrder, Progress, installed_version, no_progress
 from edge_sdk.backends.onnx_bytes import refuse_external_data
-from edge_sdk.errors import BackendUnavailable, EngineFailed, OutOfMemory
+from edge_sdk.errors import BackendUnavailable, DeviceLost, EngineFailed, OutOfMemory
 from edge_sdk.package import GRAPH, EnginePackage
 from edge_sdk.profiles import DeviceProfile
 from edge_sdk.tensors import DTYPE_FROM_OIP, Array, Outputs, TensorSpec, numpy_dtype
@@ -38,12 +39,15 @@ _INSTALL = "Install it: pip install 'edge-sdk[build]'."
 class Order:
     """Something to do instead of, or before, computing."""
 
-    do: Literal["sleep", "raise", "nan", "abort"]
+    do: Literal["sleep", "raise", "nan", "abort", "lose-device"]
     when: float | None = None
     seconds: float = 0.0
+    once: str | None = None
 
     def applies(self, first_input: Array) -> bool:
-        return self.when is None or bool(np.any(first_input == self.when))
+        if self.when is not None and not np.any(first_input == self.when):
+            return False
+        return self.once is None or _made(Path(self.once))
 
 
 class ReferenceBackend:
@@ -55,7 +59,7 @@ class ReferenceBackend:
             return Availability(None, "onnx is not installed.", _INSTALL)
         return Availability(installed_version("onnx", "onnx", "onnx-weekly"))
 
-    def can_build(self, profile: DeviceProfile) -> Availability:
+    def can_build(self, profile: DeviceProfile, *, here: bool = False) -> Availability:
         return self.availability()
 
     def build(
@@ -155,7 +159,18 @@ class ReferenceEngine:
                     spoilt = True
                 case "abort":
                     os.abort()
+                case "lose-device":
+                    raise DeviceLost("The reference engine was told to lose its device.")
         return spoilt
+
+
+def _made(file: Path) -> bool:
+    """Make an empty file; whether it was not there."""
+    try:
+        file.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _spec(value: Any) -> TensorSpec:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edge_sdk.backends.base import Backend, Engine, EngineOrder, Progress
 from edge_sdk.errors import BackendUnavailable, EngineUnfit, OutOfMemory, PackageError, PackageMismatch
-from edge_sdk.package import EnginePackage
+from edge_sdk.package import GRAPH, EnginePackage
 from edge_sdk.profiles import DeviceProfile, Machine, detect, load_profiles
 from edge_sdk.tensors import TensorSpec
 
@@ -92,13 +92,19 @@ class Loaded:
     """Whether `rebuild` can make what the preferred backend lacks."""
 
 
-def load_engine(package: EnginePackage, machine: Machine | None = None, *, store: Path | None = None) -> Loaded:
+def load_engine(
+    package: EnginePackage,
+    machine: Machine | None = None,
+    *,
+    store: Path | None = None,
+    why_not_preferred: str = "",
+) -> Loaded:
     """The package's engine, loaded by the first backend its profile prefers that can, starting with the manifest's.
 
     Where the preferred one has no engine that may be loaded here, the package's graph runs with the next: slower, and
-    with the same answers. Raises PackageMismatch if the package does not fit this machine, PackageError if a file was
-    altered or the manifest describes another graph than the package holds, BackendUnavailable or EngineFailed as the
-    last of the backends says.
+    with the same answers. So it does where the caller says why the preferred one is not to be used. Raises
+    PackageMismatch if the package does not fit this machine, PackageError if a file was altered or the manifest
+    describes another graph than the package holds, BackendUnavailable or EngineFailed as the last of the backends says.
     """
     if reasons := package.mismatches(machine or Machine.read(gpus=False)):
         raise PackageMismatch(
@@ -108,8 +114,11 @@ def load_engine(package: EnginePackage, machine: Machine | None = None, *, store
         )
     profile = package.profile()
     names = _in_order(package.manifest.backend.name, profile)
-    passed_over = []
+    passed_over: list[str] = []
     buildable = False
+    if why_not_preferred and len(names) > 1:
+        passed_over.append(why_not_preferred)
+        names = names[1:]
     for name in names:
         chosen = backend(name, store)
         try:
@@ -122,7 +131,10 @@ def load_engine(package: EnginePackage, machine: Machine | None = None, *, store
             if name == names[-1]:
                 raise
             passed_over.append(exc.problem)
-            buildable |= isinstance(exc, EngineUnfit) and bool(chosen.can_build(profile))
+            if isinstance(exc, EngineUnfit):
+                able = chosen.can_build(profile, here=True)
+                buildable = buildable or bool(able)
+                passed_over += [] if able else [able.why_not]
             continue
         try:
             _check_promises("inputs", package, package.manifest.inputs, engine.inputs)
@@ -141,6 +153,32 @@ def rebuild(package: EnginePackage, *, store: Path | None = None, progress: Prog
     """
     preferred = backend(package.manifest.backend.name, store)
     preferred.build(EngineOrder.of(package, here=True), None, progress=progress, considerate=True)
+
+
+def discard(package: EnginePackage, *, store: Path | None = None) -> None:
+    """Take out of `store` what was compiled from the package's graph: it was found to answer otherwise."""
+    from edge_sdk.backends.tensorrt.store import EngineStore
+
+    kept = EngineStore(store)
+    for entry in kept.engines(EngineOrder.of(package, here=True).graph_sha256):
+        kept.drop(entry)
+
+
+def trial_mark(package: EnginePackage, *, store: Path | None = None) -> Path:
+    """The file beside what `rebuild` makes for the package in which a caller may note how far its trial is."""
+    from edge_sdk.backends.tensorrt.store import EngineStore
+
+    return EngineStore(store).folder / f"trial-{package.manifest.files[GRAPH].sha256[:32]}"
+
+
+def check_store(store: Path | None = None) -> str:
+    """Why what is compiled here cannot be kept, and what to do; empty if it can be, or nothing is compiled here."""
+    if not backend("tensorrt", store).availability():
+        return ""
+    from edge_sdk.backends.tensorrt.store import EngineStore
+
+    health = EngineStore(store).check()
+    return f"{health.why_not} {health.fix}".strip()
 
 
 def _in_order(preferred: str, profile: DeviceProfile) -> list[str]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -18,17 +19,28 @@ import numpy as np
 from onnx import ModelProto
 
 import edge_sdk
-from edge_sdk.backends.base import Backend, installed_version
+from edge_sdk.backends.base import Backend, Engine, installed_version
 from edge_sdk.backends.registry import backend as backend_named
-from edge_sdk.backends.registry import backend_for, usable_profile
+from edge_sdk.backends.registry import usable_profile
 from edge_sdk.compile.datasets import Reader, Samples, open_samples
 from edge_sdk.compile.inspect import ModelSummary, read_model, summarize
 from edge_sdk.compile.verify import Progress, decoder_for
 from edge_sdk.errors import BackendUnavailable, ModelError, PackageError, ProfileError, SpecError
 from edge_sdk.package import MANIFEST, EnginePackage, file_sha256
 from edge_sdk.profiles import DeviceProfile, Machine, load_profile
-from edge_sdk.spec import Calibration, EngineSpec, Preprocess, data_source, load_spec, read_labels, spec_for_model
+from edge_sdk.spec import (
+    Axis,
+    Calibration,
+    EngineSpec,
+    Preprocess,
+    TensorRTWishes,
+    data_source,
+    load_spec,
+    read_labels,
+    spec_for_model,
+)
 from edge_sdk.tasks.registry import task_for
+from edge_sdk.tensors import TensorSpec
 
 WantedPrecision = Literal["auto", "fp32", "fp16", "int8"]
 
@@ -45,17 +57,32 @@ class Order:
     spec: EngineSpec
     folder: Path
     profile: DeviceProfile
+    """As the profile says, but for what the spec wishes of TensorRT."""
     precision: WantedPrecision
     output: Path
     backend: Backend
+    """Runs graphs here: to calibrate, to judge and, for devices that run the graph itself, to time."""
+    preferred: Backend
+    """The one that the device is to use: another one where it loads engines that are compiled for it."""
     missing: str | None
-    """What this machine lacks for the backend the profile prefers."""
+    """Why no engine can be compiled here although `preferred` wants one."""
     measurable: bool
-    """Whether this machine's speed says something about the profile's device."""
+    """Whether the speed of graphs on this machine says something about the profile's device."""
     progress: Progress
+
+    @property
+    def halves(self) -> bool:
+        """Whether FP16 is worth having: the device has arithmetic of its own for it."""
+        return self.preferred.compiles and "fp16" in self.profile.precisions
 
     def advance(self, step: str, total: int) -> Advance:
         return Advance(self.progress, step, total)
+
+    @contextmanager
+    def loaded(self, graph: bytes, profile: DeviceProfile | None = None) -> Iterator[Engine]:
+        """The graph as it runs here, with the options of `profile` in place of the order's."""
+        with closing(self.backend.load_graph(graph, profile or self.profile)) as engine:
+            yield engine
 
 
 @dataclass(frozen=True)
@@ -92,7 +119,8 @@ def order_of(
         )
     target = Path(output) if output is not None else place / "build" / chosen.name
     _refuse_to_overwrite(target)
-    backend = backend_for(chosen)
+    chosen = _with_wishes(chosen, spec.tensorrt)
+    backend, preferred = _graph_backend(chosen), backend_named(chosen.backends[0])
     return Order(
         spec=_with_calibration(spec, calibration, samples),
         folder=folder,
@@ -100,8 +128,9 @@ def order_of(
         precision=precision,
         output=target,
         backend=backend,
-        missing=_missing(chosen, backend),
-        measurable=chosen.architecture == machine.architecture and backend.name == chosen.backends[0],
+        preferred=preferred,
+        missing=_missing(chosen, preferred),
+        measurable=chosen.architecture == machine.architecture and backend.name == preferred.name,
         progress=progress,
     )
 
@@ -168,16 +197,36 @@ def _files_of_a_package(folder: Path) -> frozenset[str]:
     return frozenset({MANIFEST, *(files if isinstance(files, dict) else ())})
 
 
-def _missing(profile: DeviceProfile, backend: Backend) -> str | None:
-    """Why the backend the profile prefers is not the one used here; None if it is."""
-    preferred = profile.backends[0]
-    if preferred == backend.name:
+def _with_wishes(profile: DeviceProfile, wishes: TensorRTWishes) -> DeviceProfile:
+    """The profile with what the spec wishes of TensorRT, where the device has it at all."""
+    if profile.tensorrt is None:
+        return profile
+    options = profile.tensorrt.model_copy(update=wishes.model_dump(exclude_none=True))
+    return profile.model_copy(update={"tensorrt": options})
+
+
+def _graph_backend(profile: DeviceProfile) -> Backend:
+    """The first backend of the profile that runs graphs, here and now; onnxruntime for one that names none."""
+    candidates = [backend_named(name) for name in dict.fromkeys((*profile.backends, "onnxruntime"))]
+    candidates = [candidate for candidate in candidates if not candidate.compiles]
+    for candidate in candidates:
+        if candidate.availability():
+            return candidate
+    lacking = [candidate.availability() for candidate in candidates]
+    raise BackendUnavailable(
+        f"Nothing here can run a graph to judge it by. {' '.join(available.why_not for available in lacking)}",
+        fix=" ".join(available.fix for available in lacking),
+    )
+
+
+def _missing(profile: DeviceProfile, preferred: Backend) -> str | None:
+    """Why the engine that the preferred backend wants cannot be compiled here; None if it can, or it wants none."""
+    if not preferred.compiles or (possible := preferred.can_build(profile)):
         return None
-    try:
-        why = backend_named(preferred).availability().why_not
-    except BackendUnavailable as exc:
-        why = exc.problem
-    return f"{preferred} has no engine here: {why} The graph runs on the device's CPU with {backend.name} meanwhile."
+    return (
+        f"{preferred.name} has no engine for {profile.title} yet: {possible.why_not} "
+        "Until it has one, the graph runs on the device's CPU."
+    )
 
 
 @dataclass(frozen=True)
@@ -207,6 +256,7 @@ def gathered(order: Order) -> Ingredients:
             raise ModelError(f"{summary.file} has no {kind}; an engine has at least one.", fix="Export it again.")
     labels = read_labels(spec.postprocess.labels) if spec.postprocess.labels is not None else ()
     _check_task(spec, summary, labels)
+    _check_axes(spec.axes, summary)
     reader = Reader(summary.inputs, decoder_for(spec.preprocess, summary.inputs), labels, order.folder)
     calibration, held_out = _calibration_samples(spec, reader)
     validation = open_samples(spec.validation.data, reader, limit=_CALLABLE_LIMIT) if spec.validation else None
@@ -263,6 +313,23 @@ def _check_task(spec: EngineSpec, summary: ModelSummary, labels: tuple[str, ...]
             "scores.",
             fix="There must be one label for each class, in their order.",
         )
+
+
+def _check_axes(axes: Mapping[str, Axis], summary: ModelSummary) -> None:
+    """SpecError if [axes] speaks of an axis that no input of the model leaves free."""
+    free = dict.fromkeys(key for spec in summary.inputs for key in free_axes(spec))
+    for key in axes:
+        if key not in free:
+            raise SpecError(
+                f"[axes] has {key!r}, which no input of {summary.file} has as a free axis.",
+                fix=f"The free axes are {', '.join(map(repr, free))}." if free else "Every axis is fixed; take it out.",
+            )
+
+
+def free_axes(spec: TensorSpec) -> dict[str, int]:
+    """Where the free axes of an input are, by what [axes] calls them: their name, or `input:position` without one."""
+    free = [(position, axis) for position, axis in enumerate(spec.shape) if isinstance(axis, str)]
+    return {f"{spec.name}:{position}" if axis == "?" else axis: position for position, axis in free}
 
 
 def _check_photos(preprocess: Preprocess, summary: ModelSummary) -> None:
@@ -336,17 +403,20 @@ def _build_key(order: Order, model: str, labels: tuple[str, ...], data: Sequence
         "data": data,
         "profile": order.profile.model_dump(mode="json"),
         "precision": order.precision,
-        "backend": [order.backend.name, order.missing],
+        "backends": [order.backend.name, order.preferred.name, order.missing, bool(order.preferred.availability())],
         "measurable": order.measurable,
-        "tools": tools(order.backend),
+        "tools": tools(order),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def tools(backend: Backend) -> dict[str, str]:
+def tools(order: Order) -> dict[str, str]:
     """The versions of everything that had a hand in a build."""
     libraries = {name: installed_version(name) for name in ("onnx", "onnxslim", "numpy")}
-    return {"edge-sdk": edge_sdk.__version__, **libraries, backend.name: backend.availability().version or ""}
+    used = {"edge-sdk": edge_sdk.__version__, **libraries, order.backend.name: order.backend.availability().version}
+    if order.preferred.compiles and order.missing is None:
+        used[order.preferred.name] = order.preferred.can_build(order.profile).version
+    return {name: version or "" for name, version in used.items()}
 
 
 def existing(output: Path, key: str) -> EnginePackage | None:

@@ -5,7 +5,8 @@
 
 A build depends on nothing but content: the model, the spec, the data, the profile and the tools. Their digest is the
 build key, and a build whose key is the one already there does nothing. FP32 is always the reference. A lower precision
-is kept only on evidence, and the package says which.
+is kept only on evidence, and the package says which. Two backends have a part in it: one that runs graphs here judges
+them, and the one that the device is to use compiles its engine, if it loads any.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,21 +24,14 @@ from typing import Any, ParamSpec, TypeVar
 from onnx import ModelProto
 
 from edge_sdk.backends.base import Engine
-from edge_sdk.compile import calibrate, quantize, widths
-from edge_sdk.compile.calibrate import METHODS, Method
-from edge_sdk.compile.datasets import Sample, Samples
+from edge_sdk.compile import widths
+from edge_sdk.compile.candidates import Candidate, Impossible, baseline_of, candidates
+from edge_sdk.compile.compiled import with_engine
+from edge_sdk.compile.datasets import Sample
+from edge_sdk.compile.golden import Golden, golden_requests
 from edge_sdk.compile.inspect import ends_in_softmax
 from edge_sdk.compile.modernize import OPSET, ModernGraph, modern_graph
-from edge_sdk.compile.order import (
-    MIN_CALIBRATION,
-    Ingredients,
-    Order,
-    WantedPrecision,
-    existing,
-    gathered,
-    order_of,
-    tools,
-)
+from edge_sdk.compile.order import Ingredients, Order, WantedPrecision, existing, gathered, order_of, tools
 from edge_sdk.compile.report import write_reports
 from edge_sdk.compile.verify import (
     Accuracy,
@@ -50,13 +44,9 @@ from edge_sdk.compile.verify import (
     throughput,
     time_engines,
 )
-from edge_sdk.errors import (
-    DataError,
-    EngineFailed,
-    ModelError,
-    OutOfMemory,
-)
+from edge_sdk.errors import DataError, EngineFailed, ModelError, OutOfMemory
 from edge_sdk.package import (
+    GOLDEN,
     GRAPH,
     LABELS,
     PROFILE,
@@ -64,7 +54,6 @@ from edge_sdk.package import (
     BatchingRecord,
     CalibrationRecord,
     EnginePackage,
-    EngineRecord,
     Figures,
     Manifest,
     Measurements,
@@ -72,11 +61,8 @@ from edge_sdk.package import (
     seal,
     writing,
 )
-from edge_sdk.profiles import DeviceProfile, Precision, physical_cores
-from edge_sdk.spec import (
-    EngineSpec,
-    Validation,
-)
+from edge_sdk.profiles import DeviceProfile, physical_cores
+from edge_sdk.spec import EngineSpec, Validation
 from edge_sdk.tensors import MAX_ELEMENTS, Feeds, TensorSpec, zeros
 
 _WORTH_IT = 1.02
@@ -144,7 +130,9 @@ def build_engine(*args: Any, **kwargs: Any) -> EnginePackage:
         profile: a device profile, by name, by the path of a TOML file, or as a value; by default the one that fits
             this machine.
         precision: `fp32`, `fp16`, `int8`, or `auto`: INT8 if it is faster than FP32 and inside the spec's budget
-            ([validation]), otherwise FP32. The package's `manifest.measurements.decision` says why, with figures.
+            ([validation]), otherwise FP32. On devices with arithmetic for FP16, those that TensorRT compiles for, what
+            INT8 leaves over is FP16, and FP16 comes before FP32. The package's `manifest.measurements.decision` says
+            why, with figures.
         calibration: calibration data in place of the spec's: a folder of images, a .npz or .npy file, or a callable
             `module:function`.
         samples: how many calibration samples to take in place of the spec's number, evenly spread over the data.
@@ -154,52 +142,53 @@ def build_engine(*args: Any, **kwargs: Any) -> EnginePackage:
         progress: called with (step, done, total) as long steps advance.
 
     An already quantised model is packaged exactly as it is. Without validation data, part of the calibration samples
-    is held out to judge on. Fewer than five cannot be divided so: `int8` is then refused, and `auto` takes FP32. For a
-    profile of another kind of device the speed cannot be measured here; `auto` then takes INT8 on its accuracy alone,
-    and says so.
+    is held out to judge on. Fewer than five cannot be divided so: `int8` is then refused, and `auto` does without. For
+    a profile of another kind of device the speed cannot be measured here; `auto` then takes INT8 on its accuracy
+    alone, and says so. FP16 without any data is judged on random requests.
+
+    Where the device loads a compiled engine, one is made from the graph if this machine can: for RTX cards any can. If
+    the device is at hand, the engine must answer as the graph does on the CPU; otherwise the report says that it never
+    ran.
 
     The package appears in one step, or not at all: no failure and no interrupt leaves anything behind.
 
     Raises:
-        ModelError: the file is broken, hostile, cannot be taken; or the precision asked for is outside the budget.
+        ModelError: the file is broken, hostile, cannot be taken; the precision asked for is outside the budget; or the
+            compiler of the device's engines does not take the graph.
         SpecError: engine.toml, or an argument, is wrong.
         DataError: calibration or validation data is missing or does not fit, or is too little for the `int8` asked for.
         ProfileError: no such profile, or it lacks the precision.
-        BackendError: nothing here can run the graph, or the runtime refuses it.
+        BackendError: nothing here can run the graph, the runtime refuses it, or a compiled engine fails or answers
+            otherwise than the graph.
         PackageError: `output` cannot be written, or holds something that is not a package.
     """
     return build(*args, **kwargs).package
 
 
 def _make(order: Order, ingredients: Ingredients) -> EnginePackage:
-    """Inspected model -> modern graph -> candidate -> verified -> packed."""
+    """Inspected model -> modern graph -> candidates -> the one that will do -> packed, with its engine."""
     modern = _trusted_graph(order, ingredients)
-    baseline = _baseline(ingredients, modern.model)
-    with _engine(order, baseline.graph) as reference:
-        candidate = _candidate(order, ingredients, modern.model, baseline, reference)
-        verdict = _verified(order, ingredients, baseline, candidate, reference)
+    baseline = baseline_of(ingredients, modern.model)
+    with order.loaded(baseline.graph) as reference:
+        golden = golden_requests(order, ingredients, reference) if order.preferred.compiles else None
+        trials = _Trials(order, ingredients, golden, baseline, reference)
+        verdict = _verdict(trials, candidates(order, ingredients, modern.model, baseline, reference))
     with writing(order.output) as folder:
         (folder / GRAPH).write_bytes(verdict.chosen.graph)
         if ingredients.labels:
             (folder / LABELS).write_text("\n".join(ingredients.labels) + "\n", encoding="utf-8")
         (folder / PROFILE).write_text(verdict.profile.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        manifest = _manifest(order, ingredients, verdict, None)
-        write_reports(folder, manifest, ingredients.summary, modern.notes)
+        if golden is not None and golden.requests:
+            (folder / GOLDEN).write_bytes(golden.packed())
+        manifest = _manifest(order, ingredients, verdict)
+        if golden is not None:
+            manifest = with_engine(order, verdict.chosen.graph, manifest, golden, folder)
+        write_reports(folder, manifest, ingredients.summary, (*modern.notes, *([golden.note] if golden else ())))
         seal(folder, manifest)
     return EnginePackage.open(order.output)
 
 
-# The graph, and what might become of it
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A graph that may be packed. `reason` is why it is this one, where that was decided before measuring."""
-
-    precision: Precision
-    graph: bytes
-    method: Method | None = None
-    reason: str = ""
+# The graph, and what will do of what might become of it
 
 
 def _trusted_graph(order: Order, ingredients: Ingredients) -> ModernGraph:
@@ -227,12 +216,12 @@ def _answers_as(order: Order, ingredients: Ingredients, graph: ModelProto) -> bo
     """Whether `graph` answers a few questions as the file does; True where the file itself answers nothing."""
     try:
         probes = _probes(ingredients)
-        with _engine(order, ingredients.model.SerializeToString()) as original:
+        with order.loaded(ingredients.model.SerializeToString()) as original:
             wanted = [original.infer(probe.feeds) for probe in probes]
     except (EngineFailed, OutOfMemory, DataError):
         return True
     try:
-        with _engine(order, graph.SerializeToString()) as engine:
+        with order.loaded(graph.SerializeToString()) as engine:
             found = [engine.infer(probe.feeds) for probe in probes]
     except (EngineFailed, OutOfMemory):
         return False
@@ -258,170 +247,130 @@ def _zeros(inputs: tuple[TensorSpec, ...]) -> Feeds | None:
     return zeros(inputs)
 
 
-@contextmanager
-def _engine(order: Order, graph: bytes, profile: DeviceProfile | None = None) -> Iterator[Engine]:
-    with closing(order.backend.load_graph(graph, profile or order.profile)) as engine:
-        yield engine
+@dataclass(frozen=True)
+class _Trial:
+    """What one candidate showed beside the baseline. `accuracy` is None where there is nothing to judge it on."""
 
-
-def _baseline(ingredients: Ingredients, model: ModelProto) -> _Candidate:
-    """What everything is measured against: the model in FP32, or the quantised model that it is."""
-    precision: Precision = "int8" if ingredients.summary.already_quantized else "fp32"
-    return _Candidate(precision, model.SerializeToString())
-
-
-def _candidate(
-    order: Order, ingredients: Ingredients, model: ModelProto, baseline: _Candidate, reference: Engine
-) -> _Candidate:
-    """The graph in the precision asked for; for `auto`, in INT8 if there is a way to it."""
-    if ingredients.summary.already_quantized:
-        if order.precision in {"fp32", "fp16"}:
-            raise ModelError(
-                f"{ingredients.summary.file} is already quantised; it cannot be built as {order.precision}.",
-                fix="Build it as auto, or give the model it was quantised from.",
-            )
-        return replace(baseline, reason="INT8: the model came quantised and is served exactly as it is.")
-    if order.precision == "fp32":
-        return replace(baseline, reason="FP32, as asked.")
-    if order.precision == "fp16":
-        return _Candidate("fp16", widths.narrowed(model).SerializeToString())
-    if order.precision == "int8":
-        return _int8(order, ingredients, model, reference)
-    if "int8" not in order.profile.precisions:
-        return replace(baseline, reason=f"FP32: the profile {order.profile.name} does not compute INT8.")
-    if ingredients.calibration is None:
-        return replace(baseline, reason=f"FP32: INT8 needs calibration data, and none was given. {_GIVE_DATA}")
-    if ingredients.held_out is None:
-        return replace(baseline, reason=f"FP32: {_too_few(ingredients.calibration)}")
-    try:
-        return _int8(order, ingredients, model, reference)
-    except ModelError as exc:
-        return replace(baseline, reason=f"FP32: {exc.problem}")
-
-
-_GIVE_DATA = (
-    "Name some in engine.toml ([calibration] data = ...) or with --calibration: a folder of typical images, a .npz or "
-    ".npy file, or a callable module:function. About a hundred samples do."
-)
-
-
-def _too_few(calibration: Samples) -> DataError:
-    return DataError(
-        f"{len(calibration)} calibration samples were taken from {calibration.source}; INT8 needs at least "
-        f"{MIN_CALIBRATION}.",
-        fix="About a hundred typical ones do.",
-    )
-
-
-def _int8(order: Order, ingredients: Ingredients, model: ModelProto, reference: Engine) -> _Candidate:
-    """Statistics once; then a graph for each method asked for, and the best of them."""
-    calibration, held_out = ingredients.calibration, ingredients.held_out
-    if calibration is None:
-        raise DataError("INT8 was asked for, but there is no data to calibrate it with.", fix=_GIVE_DATA)
-    if held_out is None:
-        raise _too_few(calibration)
-    scheme = order.profile.quantization
-    placement = quantize.place(model, scheme)
-    if not placement:
-        raise ModelError(
-            "Nothing in the model is computed faster in INT8: it has no Conv, Gemm or MatMul with constant weights.",
-            fix="Build it as fp32.",
-        )
-    statistics = calibrate.observe(
-        model,
-        placement.observed,
-        calibration,
-        order.backend,
-        order.profile,
-        each=order.advance("calibrating", len(calibration)),
-    )
-    asked = order.spec.calibration.method if order.spec.calibration else "auto"
-    methods: tuple[Method, ...] = METHODS if asked == "auto" else (asked,)
-    candidates = []
-    for method in methods:
-        ranges = statistics.ranges(method, symmetric=scheme.symmetric)
-        graph = quantize.quantized(model, placement, ranges, scheme)
-        candidates.append(_Candidate("int8", graph.SerializeToString(), method))
-    return candidates[0] if len(candidates) == 1 else _best_of(order, candidates, reference, held_out)
-
-
-def _best_of(order: Order, candidates: Sequence[_Candidate], reference: Engine, held_out: Samples) -> _Candidate:
-    """The candidate closest to FP32 on samples that it was not calibrated on.
-
-    By signal-to-noise ratio: over a few dozen samples, agreement is decided by one or two close calls.
-    """
-    with ExitStack() as stack:
-        engines = [stack.enter_context(_engine(order, candidate.graph)) for candidate in candidates]
-        advance = order.advance("choosing ranges", len(held_out))
-        judgement = judge(reference, engines, held_out, classes=True, each=advance)
-    ranked = sorted(zip(judgement.candidates, candidates), key=lambda pair: _closeness(pair[0]), reverse=True)
-    return ranked[0][1]
-
-
-def _closeness(accuracy: Accuracy) -> tuple[bool, float, float]:
-    return accuracy.finite, accuracy.snr_db or 0.0, accuracy.agreement_percent or 0.0
-
-
-# What came of it
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    accuracy: Accuracy | None
+    samples: int
+    theirs: Figures
+    ours: Figures
+    their_profile: DeviceProfile
+    our_profile: DeviceProfile
+    """The order's, with the options that were measured to be fastest."""
+    stackable: bool
 
 
 @dataclass(frozen=True)
 class _Verdict:
     """The graph to pack, and everything that was found out about it."""
 
-    chosen: _Candidate
+    chosen: Candidate
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     measurements: Measurements
     batching: BatchingRecord
     profile: DeviceProfile
-    """The order's, with the options that were measured to be fastest."""
 
 
-def _verified(
-    order: Order, ingredients: Ingredients, baseline: _Candidate, candidate: _Candidate, reference: Engine
-) -> _Verdict:
-    """The candidate against the baseline: accuracy, then speed; then the decision."""
-    feeds = _timing_feeds(ingredients)
-    same = candidate.graph == baseline.graph
-    with nullcontext(reference) if same else _engine(order, candidate.graph) as engine:
-        accuracy, top1, samples = _accuracy(order, ingredients, reference, engine)
-        stackable = feeds is not None and can_stack(engine, feeds)
-    speeds = _speeds(order, [baseline] if same else [baseline, candidate], feeds)
-    ours = _figures(candidate, speeds[-1], accuracy.top1_percent if accuracy else None)
-    theirs = _figures(baseline, speeds[0], top1)
-    chosen = candidate
-    if not same:
-        chosen, ours = _decided(order, baseline, candidate, theirs, ours, accuracy)
-    compared = accuracy if chosen.graph != baseline.graph else None
-    return _Verdict(
-        chosen=chosen,
-        inputs=engine.inputs,
-        outputs=engine.outputs,
-        measurements=Measurements(
-            reference=theirs,
-            engine=ours,
+@dataclass(frozen=True)
+class _Trials:
+    """Where candidates are tried: accuracy against the baseline first, then speed."""
+
+    order: Order
+    ingredients: Ingredients
+    golden: Golden | None
+    baseline: Candidate
+    reference: Engine
+
+    def of(self, candidate: Candidate) -> _Trial:
+        order = self.order
+        feeds = _timing_feeds(self.ingredients)
+        same = candidate.graph == self.baseline.graph
+        with nullcontext(self.reference) if same else order.loaded(candidate.graph) as engine:
+            accuracy, top1, samples = self._accuracy(candidate, engine)
+            stackable = feeds is not None and can_stack(engine, feeds)
+        speeds = _speeds(order, [self.baseline] if same else [self.baseline, candidate], feeds)
+        return _Trial(
+            inputs=engine.inputs,
+            outputs=engine.outputs,
+            accuracy=accuracy,
             samples=samples,
-            judged_on=ingredients.judged_on,
-            agreement_percent=compared.agreement_percent if compared else None,
-            snr_db=compared.snr_db if compared else None,
-            decision=chosen.reason,
-        ),
-        batching=_batching(order, ours, stackable),
-        profile=speeds[-1 if chosen.graph == candidate.graph else 0].profile,
+            theirs=_figures(self.baseline, speeds[0], top1),
+            ours=_figures(candidate, speeds[-1], accuracy.top1_percent if accuracy else None),
+            their_profile=speeds[0].profile,
+            our_profile=speeds[-1].profile,
+            stackable=stackable,
+        )
+
+    def _accuracy(self, candidate: Candidate, engine: Engine) -> tuple[Accuracy | None, float | None, int]:
+        """The candidate's accuracy, the reference's top-1, and over how many samples; without any there is none."""
+        order, judging = self.order, self.ingredients.judging
+        samples = judging if judging is not None else self.golden.samples() if self.golden else []
+        if not len(samples):
+            return None, None, 0
+        classes = judging is not None and (order.spec.task == "image-classification" or judging.is_labelled)
+        advance = order.advance("verifying", len(samples))
+        with order.loaded(candidate.judged_by) if candidate.judged_by else nullcontext(engine) as judged:
+            judgement = judge(self.reference, [judged], samples, classes=classes, each=advance)
+        return judgement.candidates[0], judgement.reference_top1_percent, judgement.samples
+
+    @property
+    def judged_on(self) -> str:
+        if self.ingredients.judging is None and self.golden is not None and self.golden.requests:
+            return self.golden.origin
+        return self.ingredients.judged_on
+
+
+def _verdict(trials: _Trials, wanted: Iterable[Candidate | Impossible]) -> _Verdict:
+    """The first candidate that will do; ModelError if none does, with what is wrong with each."""
+    passed_over: list[str] = []
+    trial: _Trial | None = None
+    for candidate in wanted:
+        if isinstance(candidate, Impossible):
+            passed_over.append(candidate.why)
+        elif candidate.reason:
+            return _chosen(trials, candidate, trials.of(candidate))
+        elif candidate is trials.baseline:
+            chosen = replace(candidate, reason=f"{candidate.title}: {' '.join(passed_over)}")
+            return _chosen(trials, chosen, trial or trials.of(candidate))
+        else:
+            trial = trials.of(candidate)
+            for_it, against_it = _weighed(trials.order, candidate, trial)
+            if not against_it:
+                reason = " ".join([for_it, *(f"{why[0].upper()}{why[1:]}" for why in passed_over)])
+                return _chosen(trials, replace(candidate, reason=reason), trial)
+            passed_over.append(against_it)
+    raise ModelError(
+        " ".join(passed_over),
+        fix="Give more or more typical calibration data, raise the budget in engine.toml ([validation]), or build "
+        "with --precision auto, which falls back to what is accurate enough.",
     )
 
 
-def _accuracy(
-    order: Order, ingredients: Ingredients, reference: Engine, engine: Engine
-) -> tuple[Accuracy | None, float | None, int]:
-    """The engine's accuracy, the reference's top-1, and over how many samples; without data there is none."""
-    if ingredients.judging is None:
-        return None, None, 0
-    classes = order.spec.task == "image-classification" or ingredients.judging.is_labelled
-    advance = order.advance("verifying", len(ingredients.judging))
-    judgement = judge(reference, [engine], ingredients.judging, classes=classes, each=advance)
-    return judgement.candidates[0], judgement.reference_top1_percent, judgement.samples
+def _chosen(trials: _Trials, chosen: Candidate, trial: _Trial) -> _Verdict:
+    """The verdict for `chosen`, from its trial, or from another candidate's beside which it is the baseline."""
+    is_baseline = chosen.graph == trials.baseline.graph
+    accuracy = None if is_baseline else trial.accuracy
+    figures = trial.ours if not is_baseline else trial.theirs
+    return _Verdict(
+        chosen=chosen,
+        inputs=trial.inputs,
+        outputs=trial.outputs,
+        measurements=Measurements(
+            reference=trial.theirs,
+            engine=figures,
+            samples=trial.samples,
+            judged_on=trials.judged_on,
+            agreement_percent=accuracy.agreement_percent if accuracy else None,
+            snr_db=accuracy.snr_db if accuracy else None,
+            decision=chosen.reason,
+        ),
+        batching=_batching(trials.order, figures, trial.stackable),
+        profile=trial.their_profile if is_baseline else trial.our_profile,
+    )
 
 
 def _timing_feeds(ingredients: Ingredients) -> Feeds | None:
@@ -438,7 +387,7 @@ class _Speed:
     per_second_at_batch: Mapping[int, float] = field(default_factory=dict)
 
 
-def _speeds(order: Order, candidates: Sequence[_Candidate], feeds: Feeds | None) -> list[_Speed]:
+def _speeds(order: Order, candidates: Sequence[Candidate], feeds: Feeds | None) -> list[_Speed]:
     """How fast each candidate is here, run in the way that does it most good; nothing where this is another device."""
     if feeds is None or not order.measurable:
         return [_Speed(order.profile) for _ in candidates]
@@ -446,7 +395,7 @@ def _speeds(order: Order, candidates: Sequence[_Candidate], feeds: Feeds | None)
     order.progress("timing", 0, 1 + len(candidates))
     with ExitStack() as stack:
         engines = [
-            [stack.enter_context(_engine(order, candidate.graph, way)) for way in ways] for candidate in candidates
+            [stack.enter_context(order.loaded(candidate.graph, way)) for way in ways] for candidate in candidates
         ]
         latencies = iter(time_engines([engine for engines_of_one in engines for engine in engines_of_one], feeds))
         speeds = []
@@ -478,7 +427,7 @@ def _ways_to_run(profile: DeviceProfile) -> list[DeviceProfile]:
     return [profile.model_copy(update={"onnxruntime": options.model_copy(update=change)}) for change in changes]
 
 
-def _figures(candidate: _Candidate, speed: _Speed, top1: float | None) -> Figures:
+def _figures(candidate: Candidate, speed: _Speed, top1: float | None) -> Figures:
     return Figures(
         precision=candidate.precision,
         bytes=len(candidate.graph),
@@ -488,30 +437,19 @@ def _figures(candidate: _Candidate, speed: _Speed, top1: float | None) -> Figure
     )
 
 
-def _decided(
-    order: Order,
-    baseline: _Candidate,
-    candidate: _Candidate,
-    theirs: Figures,
-    ours: Figures,
-    accuracy: Accuracy | None,
-) -> tuple[_Candidate, Figures]:
-    """The graph to pack, with the reason, and its figures. ModelError if an explicit wish is outside the budget."""
-    name = candidate.precision.upper()
-    kept, broken = _against_budget(order.spec.validation or _DEFAULT_BUDGET, theirs.top1_percent, accuracy)
-    speed, is_faster = _speed_in_words(order, theirs, ours)
-    if broken and order.precision != "auto":
-        raise ModelError(
-            f"{name} is outside the accuracy budget: {broken}.",
-            fix="Give more or more typical calibration data, raise the budget in engine.toml ([validation]), or build "
-            "with --precision auto, which falls back to FP32.",
-        )
+def _weighed(order: Order, candidate: Candidate, trial: _Trial) -> tuple[str, str]:
+    """What speaks for the candidate, and what against it (empty if nothing does), as sentences."""
+    name = candidate.title
+    kept, broken = _against_budget(order.spec.validation or _DEFAULT_BUDGET, trial.theirs.top1_percent, trial.accuracy)
+    speed, is_faster = _speed_in_words(order, trial.theirs, trial.ours)
     if broken:
-        return replace(baseline, reason=f"FP32: {name} was outside the accuracy budget: {broken}."), theirs
+        return "", f"{name} was outside the accuracy budget: {broken}."
+    if trial.accuracy is None and order.precision == "auto" and "fp32" in order.profile.precisions:
+        return "", f"{name} could not be judged, as there was nothing to judge it on."
     if order.precision == "auto" and is_faster is False:
-        return replace(baseline, reason=f"FP32: {name} was accurate enough ({kept}), but not faster: {speed}."), theirs
+        return "", f"{name} was accurate enough ({kept}), but not faster: {speed}."
     asked = "" if order.precision == "auto" else ", as asked"
-    return replace(candidate, reason=f"{name}{asked}: {kept}; {speed}."), ours
+    return f"{name}{asked}: {kept}; {speed}.", ""
 
 
 _DEFAULT_BUDGET = Validation(data="")
@@ -564,7 +502,7 @@ def _batching(order: Order, figures: Figures, stackable: bool) -> BatchingRecord
 # What is packed
 
 
-def _manifest(order: Order, ingredients: Ingredients, verdict: _Verdict, engine: EngineRecord | None) -> Manifest:
+def _manifest(order: Order, ingredients: Ingredients, verdict: _Verdict) -> Manifest:
     spec, summary, chosen = order.spec, ingredients.summary, verdict.chosen
     scores = spec.postprocess.scores
     if scores == "auto":
@@ -583,7 +521,8 @@ def _manifest(order: Order, ingredients: Ingredients, verdict: _Verdict, engine:
         architecture=order.profile.architecture,
         precision=chosen.precision,
         batching=verdict.batching,
-        backend=BackendRecord(name=order.backend.name, engine=engine, missing=order.missing),
+        axes=order.spec.axes,
+        backend=BackendRecord(name=order.preferred.name, missing=order.missing),
         source=SourceRecord(
             file=summary.file,
             sha256=ingredients.sha256,
@@ -593,14 +532,14 @@ def _manifest(order: Order, ingredients: Ingredients, verdict: _Verdict, engine:
             already_quantized=summary.already_quantized,
         ),
         calibration=_calibration_record(ingredients, chosen),
-        tools=tools(order.backend),
+        tools=tools(order),
         measurements=verdict.measurements,
         build_key=ingredients.key,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
 
 
-def _calibration_record(ingredients: Ingredients, chosen: _Candidate) -> CalibrationRecord | None:
+def _calibration_record(ingredients: Ingredients, chosen: Candidate) -> CalibrationRecord | None:
     data = ingredients.calibration
     if data is None or chosen.method is None:
         return None

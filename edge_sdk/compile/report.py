@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edge_sdk.compile.inspect import ModelSummary
-from edge_sdk.package import Figures, Manifest
+from edge_sdk.package import EngineRecord, Figures, Manifest
 
 JSON_FILE = "report.json"
 MARKDOWN_FILE = "report.md"
@@ -41,12 +41,26 @@ def markdown(manifest: Manifest, source: ModelSummary, notes: Sequence[str]) -> 
     lines.append(f"- Model: {source}; sha256 {manifest.source.sha256}")
     if (data := manifest.calibration) is not None:
         lines.append(f"- Calibrated by {data.method} on {data.samples} samples of {data.data}; sha256 {data.sha256}")
+    if (engine := manifest.backend.engine) is not None:
+        lines += _engine_lines(manifest.backend.name, engine)
     if manifest.backend.missing:
         lines.append(f"- Backend: {manifest.backend.name}. {manifest.backend.missing}")
     lines.append(f"- Batches: up to {manifest.batching.max_batch}, best {manifest.batching.best_batch}")
     lines.append(f"- Tools: {', '.join(f'{name} {version}' for name, version in manifest.tools.items())}")
     lines.append(f"- Built {manifest.created}; build key {manifest.build_key}")
     return "\n".join(lines) + "\n"
+
+
+def _engine_lines(backend: str, engine: EngineRecord) -> list[str]:
+    """What a compiled engine is, what it took, and how fast it was if it ran."""
+    lines = [
+        f"- Engine: {engine.file} by {backend}, {_size(engine.bytes)}, compiled in {engine.seconds:.1f} s with "
+        f"{_size(engine.peak_bytes)} of memory at most"
+    ]
+    if engine.latency_ms is not None:
+        rates = ", ".join(f"{rate:g} at batch {batch}" for batch, rate in engine.per_second_at_batch.items())
+        lines.append(f"- Engine, measured: {engine.latency_ms:.2f} ms; per second {rates}")
+    return lines + [f"- Engine, note: {note}" for note in engine.notes]
 
 
 def _table(reference: Figures, engine: Figures) -> list[str]:

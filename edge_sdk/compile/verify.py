@@ -7,7 +7,6 @@ decides: what the figures mean for the build is said in `pipeline`.
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,10 +19,7 @@ from edge_sdk.compile.datasets import Sample
 from edge_sdk.errors import DataError, EngineFailed, OutOfMemory
 from edge_sdk.spec import Preprocess
 from edge_sdk.tasks.images import decode_image
-from edge_sdk.tensors import Array, Feeds, Outputs, TensorSpec, is_batchable
-
-EXACT_DB = 150.0
-"""Stands for outputs without any difference: more than FP32 itself can tell apart."""
+from edge_sdk.tensors import Array, Feeds, Outputs, SignalToNoise, TensorSpec, is_batchable
 
 _WARM_UP_SECONDS = 0.05
 """Untimed, at the start of an engine's turn, while the other engine's threads stop spinning."""
@@ -108,8 +104,7 @@ class _Tally:
         self.right = 0
         self.agreed = 0
         self.finite = True
-        self.signal: dict[str, float] = {}
-        self.noise: dict[str, float] = {}
+        self.outputs: dict[str, SignalToNoise] = {}
 
     def add(
         self, truth: Outputs, answer: Outputs, outputs: Sequence[TensorSpec], first: int | None, label: int | None
@@ -121,15 +116,11 @@ class _Tally:
             self.right += found == label
         for name, wanted in truth.items():
             if wanted.dtype.kind == "f":
-                signal, noise = _powers(wanted, answer[name])
-                self.signal[name] = self.signal.get(name, 0.0) + signal
-                self.noise[name] = self.noise.get(name, 0.0) + noise
+                self.outputs.setdefault(name, SignalToNoise()).add(wanted, answer[name])
 
     def accuracy(self, asked: int, labelled: int) -> Accuracy:
-        ratios = [_decibels(self.signal[name], self.noise[name]) for name in self.signal]
-        return Accuracy(
-            _percent(self.right, labelled), _percent(self.agreed, asked), min(ratios, default=None), self.finite
-        )
+        snr_db = min((output.db for output in self.outputs.values()), default=None)
+        return Accuracy(_percent(self.right, labelled), _percent(self.agreed, asked), snr_db, self.finite)
 
 
 def same_answers(
@@ -140,8 +131,7 @@ def same_answers(
     Floats count as the same down to `min_snr_db`, over all answers; everything else must be equal, unless `integers` is
     False. Where NaN or infinity was wanted, anything goes.
     """
-    signal: dict[str, float] = {}
-    noise: dict[str, float] = {}
+    outputs: dict[str, SignalToNoise] = {}
     for one, other in zip(wanted, found):
         for name, value in one.items():
             if name not in other or other[name].dtype != value.dtype:
@@ -152,10 +142,8 @@ def same_answers(
             elif other[name].shape != value.shape:
                 return False
             elif np.isfinite(value).all():
-                powers = _powers(value, other[name])
-                signal[name] = signal.get(name, 0.0) + powers[0]
-                noise[name] = noise.get(name, 0.0) + powers[1]
-    return all(_decibels(signal[name], noise[name]) >= min_snr_db for name in signal)
+                outputs.setdefault(name, SignalToNoise()).add(value, other[name])
+    return all(output.db >= min_snr_db for output in outputs.values())
 
 
 def time_engines(engines: Sequence[Engine], feeds: Feeds, *, seconds: float = 1.5) -> list[float]:
@@ -243,7 +231,8 @@ def _close(one: Array, other: Array) -> bool:
     if one.dtype.kind != "f":
         return bool(np.array_equal(one, other))
     # Kernels for other sizes add up in another order; a mixed row is wrong by far more than that.
-    return bool(np.allclose(one, other, rtol=1e-2, atol=1e-2 * float(np.abs(other).max(initial=0.0)) + 1e-12))
+    reach = float(np.abs(other[np.isfinite(other)]).max(initial=0.0))
+    return bool(np.allclose(one, other, rtol=1e-2, atol=1e-2 * reach + 1e-12, equal_nan=True))
 
 
 def _first_label(outputs: Outputs, specs: Sequence[TensorSpec]) -> int:
@@ -268,19 +257,3 @@ def _is_finite(outputs: Outputs) -> bool:
 
 def _percent(count: int, total: int) -> float | None:
     return round(100 * count / total, 2) if total else None
-
-
-def _powers(wanted: Array, found: Array) -> tuple[float, float]:
-    """Of the signal and of the noise. Outputs of different shapes have nothing in common: infinite noise."""
-    exact = wanted.astype(np.float64)
-    alike = found.shape == wanted.shape
-    noise = float(np.square(exact - found.astype(np.float64)).sum()) if alike else math.inf
-    return float(np.square(exact).sum()), noise
-
-
-def _decibels(signal: float, noise: float) -> float:
-    if noise == 0.0:
-        return EXACT_DB
-    if not math.isfinite(noise) or signal == 0.0:
-        return -EXACT_DB
-    return round(max(-EXACT_DB, min(EXACT_DB, 10 * math.log10(signal / noise))), 2)

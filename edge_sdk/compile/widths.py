@@ -3,6 +3,9 @@
 Both ways, a graph keeps the names *and* dtypes of its inputs and outputs: casts at the edge convert. So a client never
 notices what a device computes in, and a model that came in FP16 is built like any other. The result is strongly typed:
 what is FP16 in the graph is computed in FP16, which is what TensorRT 10 and later ask for.
+
+onnxruntime's CPU is another matter: it computes whole chains of FP16 nodes in FP32 and leaves out the rounding between
+them, so that a value beyond FP16's range goes unnoticed. `rounded` is the graph to judge an FP16 graph by.
 """
 
 from __future__ import annotations
@@ -10,9 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper, numpy_helper
+import onnx.shape_inference
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from edge_sdk.compile.inspect import data_inputs, graphs_of, subgraphs
+from edge_sdk.tensors import Array
 
 _FP16_MAX = float(np.finfo(np.float16).max)
 
@@ -33,6 +38,69 @@ def narrowed(model: ModelProto) -> ModelProto:
     return _retyped(model, TensorProto.FLOAT, TensorProto.FLOAT16)
 
 
+def rounded(model: ModelProto) -> ModelProto:
+    """`model` computing in FP32 all that it says in FP16, each value then rounded to FP16, and infinite beyond 65504.
+
+    An accelerator that sums up in FP32 computes so. Values below 6e-5 keep more digits than FP16 has for them.
+    """
+    values = onnx.shape_inference.infer_shapes(model).graph
+    halves = {
+        value.name
+        for value in (*values.value_info, *values.output, *values.input)
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT16
+    }
+    halves |= {f"{name}/float32" for name in halves}  # what `_cast_edges` calls them inside
+    result = _retyped(model, TensorProto.FLOAT16, TensorProto.FLOAT)
+    graph = result.graph
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in _ROUNDING.items())
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        nodes.append(node)
+        if node.op_type in _EXACT:
+            continue
+        for slot, name in enumerate(node.output):
+            if name in halves:
+                node.output[slot] = f"{name}/exact"
+                nodes += _rounding(f"{name}/exact", name)
+    kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(kept)
+    return result
+
+
+_EXACT = frozenset(
+    {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Concat", "Split", "Slice", "Gather", "Expand", "Tile"}
+    | {"Identity", "Relu", "MaxPool", "GlobalMaxPool", "Neg", "Abs", "Where", "Pad", "DepthToSpace", "SpaceToDepth"}
+)
+"""Operators whose results are values they were given, which are rounded already."""
+
+_ROUNDING: dict[str, Array] = {
+    "rounding/splitter": np.array(2**13 + 1, np.float32),
+    "rounding/lowest": np.nextafter(np.float32(-65520), np.float32(0)),
+    "rounding/highest": np.nextafter(np.float32(65520), np.float32(0)),
+    "rounding/large": np.array(2.0**100, np.float32),
+}
+"""From 65520 on, the nearest FP16 number is infinity."""
+
+
+def _rounding(source: str, target: str) -> list[NodeProto]:
+    """FP32 arithmetic that rounds to FP16's 11 bits (Veltkamp's splitting); a Cast there and back would be removed.
+
+    What exceeds the range does so by 2^-8 or more, and 2^200 times that is infinity. NaN and infinity stay so.
+    """
+    inside, scaled, low, nearest, excess, larger, infinite = (f"{target}/{i}" for i in range(7))
+    return [
+        helper.make_node("Clip", [source, "rounding/lowest", "rounding/highest"], [inside]),
+        helper.make_node("Mul", [inside, "rounding/splitter"], [scaled]),
+        helper.make_node("Sub", [scaled, inside], [low]),
+        helper.make_node("Sub", [scaled, low], [nearest]),
+        helper.make_node("Sub", [source, inside], [excess]),
+        helper.make_node("Mul", [excess, "rounding/large"], [larger]),
+        helper.make_node("Mul", [larger, "rounding/large"], [infinite]),
+        helper.make_node("Add", [nearest, infinite], [target]),
+    ]
+
+
 def _mentions(model: ModelProto, elem_type: int) -> bool:
     values = [*model.graph.input, *model.graph.output]
     return any(value.type.tensor_type.elem_type == elem_type for value in values) or any(
@@ -47,7 +115,7 @@ def _retyped(model: ModelProto, old: int, new: int) -> ModelProto:
     for graph in graphs_of(result):
         for tensor in _constants(graph):
             if tensor.data_type == old and tensor.name not in pinned:
-                _retype_tensor(tensor, new)
+                retyped_tensor(tensor, new)
         for node in graph.node:
             for attribute in node.attribute:
                 if attribute.name in {"to", "dtype"} and attribute.type == AttributeProto.INT and attribute.i == old:
@@ -82,7 +150,7 @@ def _constants(graph: GraphProto) -> Iterable[TensorProto]:
                 yield attribute.t
 
 
-def _retype_tensor(tensor: TensorProto, new: int) -> None:
+def retyped_tensor(tensor: TensorProto, new: int) -> None:
     array = numpy_helper.to_array(tensor)
     if new == TensorProto.FLOAT16:
         array = np.where(np.isfinite(array), np.clip(array, -_FP16_MAX, _FP16_MAX), array)

@@ -1,24 +1,32 @@
 """One model and version in service: its queue, its state, and the worker that may be swapped under it.
 
-The queue belongs to the place, not to the worker, so a new package takes over between two batches: nothing moves and
+The queue belongs to the place, not to the worker, so a new worker takes over between two batches: nothing moves and
 nothing is lost. A model is *quick* while its warm-up batch was short enough to compute on the caller's thread; any
-other has a thread of its own, started when it is first needed.
+other has a thread of its own, started when it is first needed, which keeps as many batches on their way as the worker
+has room for.
+
+A model that is BUILDING answers like a READY one, with another backend than it will have: an engine is being compiled
+for it meanwhile.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
-from edge_sdk.errors import DeadlineExceeded, RequestError, Unavailable
+from edge_sdk.errors import DeadlineExceeded, DeviceLost, RequestError, Unavailable
 from edge_sdk.package import EnginePackage
 from edge_sdk.runtime.batching import BatchPlanner, QueueLimits
 from edge_sdk.runtime.messages import Answer, Request
 from edge_sdk.runtime.statistics import Statistics
 from edge_sdk.runtime.worker import Worker
 
-State = Literal["LOADING", "READY", "UNAVAILABLE"]
+State = Literal["LOADING", "READY", "BUILDING", "UNAVAILABLE"]
+
+
+def ignore_loss(loss: DeviceLost) -> None:
+    """For those who have nobody to tell: the model stays silent from then on."""
 
 
 class ServedModel:
@@ -31,23 +39,37 @@ class ServedModel:
         *,
         limits: QueueLimits,
         on_answer: Callable[[Answer], None],
+        on_lost: Callable[[DeviceLost], None] = ignore_loss,
         clock: Callable[[], float],
     ) -> None:
+        """`on_lost` is told on the computing thread. The requests that were being computed then get no answer."""
         self.model = model
         self.version = version
+        self.key = (model, version)
         self.state: State = "LOADING"
         self.reason = ""
+        self.progress_percent: int | None = None
+        """How much of the engine is built; None unless one is being built."""
         self.digest = ""
         self.quick = False
         self.statistics = Statistics()
         self._on_answer = on_answer
+        self._on_lost = on_lost
         self._clock = clock
         self._changed = threading.Condition()  # guards everything below
         self._planner = BatchPlanner(batch=1, limits=limits)
         self._worker: Worker | None = None
-        self._busy = False
+        """What takes the next batch."""
+        self._using: Worker | None = None
+        """What has batches on their way, on whichever thread."""
         self._retired = False
+        self._lost = False
         self._thread: threading.Thread | None = None
+
+    @property
+    def worker(self) -> Worker | None:
+        """What is in service. Only the thread that computes may ask it anything."""
+        return self._worker
 
     @property
     def package(self) -> EnginePackage | None:
@@ -56,15 +78,34 @@ class ServedModel:
         return worker.package if worker is not None else None
 
     @property
+    def backend(self) -> str:
+        """What computes the answers; empty while nothing has loaded."""
+        worker = self._worker
+        return worker.loaded.backend if worker is not None else ""
+
+    @property
     def content_types(self) -> tuple[str, ...]:
         """What requests may bring; empty while nothing has loaded."""
         worker = self._worker
         return worker.task.content_types if worker is not None else ()
 
     @property
+    def answers(self) -> bool:
+        """Whether it answers requests: it is READY, or BUILDING."""
+        return self.state in ("READY", "BUILDING")
+
+    @property
+    def is_at_its_best(self) -> bool:
+        """Whether it answers on the backend that its package prefers, or is on the way there."""
+        worker = self._worker
+        return self.state == "BUILDING" or (
+            self.state == "READY" and worker is not None and not worker.loaded.second_best
+        )
+
+    @property
     def waiting(self) -> int:
-        """How many requests wait or are being computed."""
-        return len(self._planner) + self._busy
+        """How many requests wait; one more if any are being computed."""
+        return len(self._planner) + (self._using is not None)
 
     def submit(self, request: Request) -> None:
         """Queue a request, also while the model is still loading; raises QueueFull or Unavailable."""
@@ -75,30 +116,46 @@ class ServedModel:
             if self._thread is not None and not self.quick:
                 self._changed.notify()
 
-    def put_in_service(self, worker: Worker, *, quick: bool) -> None:
-        """Let `worker` compute from the next batch on."""
+    def put_in_service(self, worker: Worker, *, quick: bool, reason: str = "") -> None:
+        """Let `worker` compute from the next batch on. `reason` is why it is not as good as it might be."""
         with self._changed:
-            if self._retired:  # the service stopped while this one loaded
-                worker.close()
-                return
-            former, self._worker = self._worker, worker
-            batching = worker.package.manifest.batching
-            self._planner.batch = batching.best_batch
-            self._planner.max_wait_s = batching.max_wait_ms / 1000
-            self.quick = quick
-            self.state, self.reason = "READY", ""
-            if not quick and self._thread is None:
-                name = f"edge-sdk-{self.model}"[:32]
-                self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-                self._thread.start()
-            self._changed.notify()
-            if former is not None and not self._busy:
-                former.close()
+            leaving: Worker | None = worker  # unless the service stopped while it loaded
+            if not self._retired:
+                leaving, self._worker = self._worker, worker
+                batching = worker.package.manifest.batching
+                self._planner.batch = batching.best_batch
+                self._planner.max_wait_s = batching.max_wait_ms / 1000
+                self.quick = quick
+                self.state, self.reason, self.progress_percent = "READY", reason, None
+                if not quick and self._thread is None:
+                    name = f"edge-sdk-{self.model}"[:32]
+                    self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+                    self._thread.start()
+                self._changed.notify()
+            at_rest = leaving is not self._using  # otherwise whoever uses it closes it
+        if leaving is not None and at_rest:
+            leaving.close()
+
+    def note_building(self, worker: Worker, percent: int) -> None:
+        """Say that a better engine than `worker`'s is being built, and how much of it is done."""
+        with self._changed:
+            if self._worker is worker:
+                self.state, self.progress_percent = "BUILDING", percent
+                self.reason = (
+                    f"BUILDING {percent} %: an engine for this machine is being built; "
+                    f"{worker.loaded.backend} answers meanwhile."
+                )
+
+    def note_not_built(self, worker: Worker, reason: str) -> None:
+        """Say why there is no better engine than `worker`'s, which goes on."""
+        with self._changed:
+            if self._worker is worker:
+                self.state, self.reason, self.progress_percent = "READY", reason, None
 
     def fail(self, reason: str) -> None:
         """Note that a package did not load. An older one that serves goes on serving."""
         with self._changed:
-            self.reason = reason
+            self.reason, self.progress_percent = reason, None
             self.state = "READY" if self._worker is not None else "UNAVAILABLE"
             orphans = self._planner.clear() if self._worker is None else ()
         for request in orphans:
@@ -109,10 +166,11 @@ class ServedModel:
         with self._changed:
             self._retired = True
             orphans = self._planner.clear()
-            worker, self._worker = self._worker, None
-            if worker is not None and not self._busy:
-                worker.close()
+            leaving, self._worker = self._worker, None
+            at_rest = leaving is not self._using
             self._changed.notify()
+        if leaving is not None and at_rest:
+            leaving.close()
         for request in orphans:
             self._finish(Answer(request.ticket, self._unavailable(), self.version))
 
@@ -127,46 +185,87 @@ class ServedModel:
 
     def run_once(self) -> bool:
         """Compute the next batch, on this thread, if one is due; whether there was anything to do."""
+        return self._run(more=False)
+
+    def _run(self, *, more: bool) -> bool:
+        """As `run_once`; with `more`, go on as long as another batch is due before the last one is computed."""
         with self._changed:
-            worker, now = self._worker, self._clock()
-            if self._busy:
+            if self._using is not None:
                 return False
+            worker, now = self._worker, self._clock()
             plan = self._planner.take(now) if worker is not None else self._planner.expire(now)
-            self._busy = bool(plan.batch)
-        for request in plan.expired:
+            if plan.batch:
+                self._using = worker
+        self._turn_away(plan.expired, now)
+        if worker is not None and plan.batch:
+            self._compute(worker, plan.batch, now, more=more)
+        return bool(plan.batch or plan.expired)
+
+    def _compute(self, worker: Worker, batch: Sequence[Request], now: float, *, more: bool) -> None:
+        try:
+            self._start(worker, batch)
+            while worker.in_flight:
+                if more and worker.has_room and (following := self._following(worker)):
+                    self._start(worker, following)
+                    continue
+                answers = worker.finish()
+                began, now = now, self._clock()
+                self._planner.computed(len(answers), now - began)
+                for answer in answers:
+                    self._finish(answer)
+        except DeviceLost as exc:
+            self._lost = True
+            self._on_lost(exc)
+        finally:
+            if not self._lost:  # otherwise it stays in use: nobody computes with it or closes it any more
+                self._release(worker)
+
+    def _start(self, worker: Worker, batch: Sequence[Request]) -> None:
+        self.statistics.count_batch(len(batch))
+        worker.start(batch)
+
+    def _following(self, worker: Worker) -> Sequence[Request]:
+        """The next batch for a worker that has one on its way; none once it was swapped or retired."""
+        with self._changed:
+            if self._worker is not worker:
+                return ()
+            now = self._clock()
+            plan = self._planner.take(now)
+        self._turn_away(plan.expired, now)
+        return plan.batch
+
+    def _release(self, worker: Worker) -> None:
+        with self._changed:
+            self._using = None
+            leaves = self._worker is not worker  # swapped or retired meanwhile: ours to close
+            if leaves:
+                self._changed.notify()  # our thread may wait for this one to be done
+        if leaves:
+            worker.close()
+
+    def _turn_away(self, expired: Sequence[Request], now: float) -> None:
+        for request in expired:
             waited_ms = (now - request.received) * 1000
             error = DeadlineExceeded(f"The request waited {waited_ms:.0f} ms for {self.model}; its deadline passed.")
             self._finish(Answer(request.ticket, error, self.version))
-        if worker is not None and plan.batch:
-            self._compute(worker, plan.batch, now)
-        return bool(plan.batch or plan.expired)
-
-    def _compute(self, worker: Worker, batch: tuple[Request, ...], started: float) -> None:
-        try:
-            answers = worker.run_batch(batch)
-            self._planner.computed(len(batch), self._clock() - started)
-            self.statistics.count_batch(len(batch))
-            for answer in answers:
-                self._finish(answer)
-        finally:
-            with self._changed:
-                self._busy = False
-                if self._worker is not worker:  # swapped or retired meanwhile: ours to close
-                    worker.close()
 
     def _work(self) -> None:
         """The life of the thread of a model that is not quick."""
         while True:
             with self._changed:
-                while not self._retired and (pause := self._pause_s()) != 0.0:
+                while not self._ended and (pause := self._pause_s()) != 0.0:
                     self._changed.wait(pause)
-                if self._retired:
+                if self._ended:
                     return
-            self.run_once()
+            self._run(more=True)
+
+    @property
+    def _ended(self) -> bool:
+        return self._retired or self._lost
 
     def _pause_s(self) -> float | None:
         """How long until a batch is due for our thread; None: until something changes."""
-        if self.quick or self._worker is None:
+        if self.quick or self._worker is None or self._using is not None:
             return None
         now = self._clock()
         due = self._planner.wake_at(now)

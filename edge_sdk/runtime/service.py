@@ -14,6 +14,10 @@ other model has a thread of its own, so that it never holds up the network or an
 
 A package that fails to load is UNAVAILABLE with its reason and harms nobody; if an older package of the same model is
 being served, it stays in service.
+
+A package without a compiled engine that fits answers at once, with the next backend that runs its graph. Meanwhile an
+engine is built in the background; once it answers as the graph does, it takes over between two batches. If it cannot be
+built, or answers otherwise, the graph goes on answering and the model says why. Nothing is ever built inside a request.
 """
 
 from __future__ import annotations
@@ -26,13 +30,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.errors import EdgeSdkError, ModelNotFound, PackageError, RequestError, VersionNotFound
+from edge_sdk.backends.registry import check_store, discard
+from edge_sdk.errors import (
+    DeviceLost,
+    EdgeSdkError,
+    EngineFailed,
+    InvalidTensor,
+    ModelNotFound,
+    OutOfMemory,
+    PackageError,
+    RequestError,
+    VersionNotFound,
+)
+from edge_sdk.package import EnginePackage
 from edge_sdk.profiles import DeviceProfile, Machine
 from edge_sdk.runtime.batching import QueueLimits
 from edge_sdk.runtime.catalog import Entry, Key, newest_first, scan, to_load
 from edge_sdk.runtime.messages import Answer, Request
-from edge_sdk.runtime.served import ServedModel
+from edge_sdk.runtime.served import ServedModel, ignore_loss
 from edge_sdk.runtime.statistics import Statistics
+from edge_sdk.runtime.succession import Successions
 from edge_sdk.runtime.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -51,13 +68,21 @@ class Service:
         profile: DeviceProfile | None = None,
         limits: QueueLimits = QueueLimits(),
         inline_ms: float = 10.0,
+        on_lost: Callable[[DeviceLost], None] = ignore_loss,
+        store: Path | None = None,
+        building: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_answer` and `on_change` are called from any thread and must only take note."""
+        """`on_answer`, `on_change` and `on_lost` are called from any thread; the first two must only take note.
+
+        `on_lost` is told that a device is in a state which only a new process ends. What was being computed gets no
+        answer. `store` is the folder for engines that are built here (None: the user's own), if `building` allows it.
+        """
         self.statistics = Statistics()
         self._engines = engines
         self._on_answer = on_answer
         self._on_change = on_change
+        self._on_lost = on_lost
         self._machine = machine or Machine.read()
         self._profile = profile
         self._limits = limits
@@ -69,18 +94,34 @@ class Service:
         self._counting = threading.Lock()
         self._stopping = False
         self._followed = False  # whether the folder has been read and loaded once
-        self._orders: queue.SimpleQueue[Callable[[], Sequence[Entry]] | None] = queue.SimpleQueue()
+        self._store = store
+        self._successions = Successions(
+            store=store,
+            hire=self._hire,
+            take_over=self._put_in_service,
+            later=self._do_later,
+            on_change=on_change,
+            on_lost=on_lost,
+            clock=clock,
+        )  # fmt: skip
+        self._building = building
+        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._loader = threading.Thread(target=self._follow_orders, name="edge-sdk-loader", daemon=True)
 
     def start(self) -> None:
         """Learn what is in the folder, and begin to load it. Requests that come meanwhile wait for their model."""
+        if self._building and (why_not := check_store(self._store)):
+            log.warning("%s Until then, engines are not built here.", why_not)
         found = self._adopt()
-        self._orders.put(lambda: found)
+        self._orders.put(lambda: self._load_all(found))
         self._loader.start()
 
     def reload(self) -> None:
-        """Look at the folder again, in the background: load what is new or changed, retire what is gone."""
-        self._orders.put(self._adopt)
+        """Look at the folder again, in the background: load what is new or changed, retire what is gone.
+
+        A model that is not on the backend its package prefers is loaded anew: an engine may fit now, or be built.
+        """
+        self._orders.put(lambda: self._load_all(self._adopt()))
 
     def submit(self, request: Request) -> None:
         """Take a request. Its answer comes through `on_answer`, perhaps before this returns."""
@@ -115,9 +156,9 @@ class Service:
 
     @property
     def settled(self) -> bool:
-        """Whether a model is ready, or none will be: the folder was read and nothing is loading any more."""
+        """Whether a model answers, or none will: the folder was read and nothing is loading any more."""
         models = self._models.values()
-        return any(model.state == "READY" for model in models) or (
+        return any(model.answers for model in models) or (
             self._followed and not any(model.state == "LOADING" for model in models)
         )
 
@@ -141,6 +182,7 @@ class Service:
                 time.sleep(0.002)
         finished = not self.waiting()
         self._stopping = True
+        self._successions.stop()
         self._orders.put(None)
         for model in self._models.values():
             model.retire()
@@ -170,23 +212,26 @@ class Service:
 
     def _follow_orders(self) -> None:
         """The life of the loader's thread."""
-        while (find := self._orders.get()) is not None:
+        while (order := self._orders.get()) is not None and not self._stopping:
             try:
-                for entry in find():
-                    if self._stopping:
-                        return
-                    self._load(entry, self._models[entry.key])
-                    self._on_change()
+                order()
             except Exception:
                 log.exception("A defect of edge-sdk: the engines folder could not be followed.")
             self._followed = True
+            self._on_change()
+
+    def _load_all(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            if self._stopping:
+                return
+            self._load(entry, self._models[entry.key])
             self._on_change()
 
     def _adopt(self) -> Sequence[Entry]:
         """Make the models in service those of the folder; gives back what has to be loaded for it."""
         places = {model.package.path: key for key, model in self._models.items() if model.package is not None}
         wanted = scan(self._engines, self._machine, self._profile, places)
-        served = {key: model.digest for key, model in self._models.items() if model.state == "READY"}
+        served = {key: model.digest for key, model in self._models.items() if model.is_at_its_best}
         gone = [model for key, model in self._models.items() if key not in wanted]
         self._models = {key: self._models.get(key) or self._new_model(key) for key in wanted}
         self._by_name = {
@@ -197,21 +242,27 @@ class Service:
             log.warning("There is no package in %s; `edge-sdk build-engine` makes one.", self._engines.absolute())
         for model in gone:
             log.info("%s %s is gone from the folder; it is retired.", model.model, model.version)
+            self._successions.cancel(model)
             model.retire()
         self._on_change()
         return to_load(served, wanted)
 
     def _new_model(self, key: Key) -> ServedModel:
-        return ServedModel(*key, limits=self._limits, on_answer=self._finish, clock=self._clock)
+        return ServedModel(
+            *key, limits=self._limits, on_answer=self._finish, on_lost=self._on_lost, clock=self._clock
+        )  # fmt: skip
 
     def _load(self, entry: Entry, model: ServedModel) -> None:
         """Bring one package into service, or note why it is not."""
-        started = self._clock()
+        self._successions.cancel(model)
         try:
             if entry.package is None:
                 raise PackageError(entry.problem)
-            worker = Worker.load(entry.package, self._machine, clock=self._clock)
-            warm_s = worker.warm_up()
+            why_none = self._successions.recover(entry.package)
+            worker = self._hire(entry.package)
+            yardstick = self._successions.prepare(worker) if self._building and not why_none else None
+        except DeviceLost as exc:
+            self._on_lost(exc)
         except EdgeSdkError as exc:
             log.error("%s %s did not load: %s", entry.model, entry.version, exc)
             model.fail(str(exc))
@@ -219,7 +270,48 @@ class Service:
             log.exception("A defect of edge-sdk: %s %s did not load.", entry.model, entry.version)
             model.fail(f"loading it met a defect of edge-sdk ({type(exc).__name__}); the log has the details")
         else:
-            model.put_in_service(worker, quick=warm_s <= self._inline_s)
-            model.digest = worker.package.digest
-            took_ms = (self._clock() - started) * 1000
-            log.info("%s is ready after %.0f ms; a batch takes %.2f ms.", worker.package, took_ms, warm_s * 1000)
+            self._put_in_service(model, worker, why_none)
+            if yardstick is not None:
+                self._successions.begin(model, worker, yardstick)
+
+    def _hire(self, package: EnginePackage) -> Worker:
+        """A worker of the package, warmed up.
+
+        An engine that loads and then does not run is passed over, as one is that does not load.
+        """
+        worker = None
+        try:
+            worker = self._load_worker(package)
+            worker.warm_up()
+            return worker
+        except (EngineFailed, InvalidTensor, OutOfMemory) as exc:
+            last_resort = package.manifest.backend.name == package.profile().backends[-1]
+            if worker is not None:
+                worker.close()
+                last_resort = last_resort or bool(worker.loaded.second_best)
+            if isinstance(exc, DeviceLost) or last_resort:
+                raise
+            if isinstance(exc, EngineFailed):
+                discard(package, store=self._store)
+            why_not = exc.problem
+        worker = self._load_worker(package, why_not)
+        worker.warm_up()
+        return worker
+
+    def _load_worker(self, package: EnginePackage, why_not: str = "") -> Worker:
+        return Worker.load(package, self._machine, store=self._store, why_not_preferred=why_not, clock=self._clock)
+
+    def _put_in_service(self, model: ServedModel, worker: Worker, why_none: str = "") -> None:
+        """`why_none` is why no better engine is built, where that is not the worker's to know."""
+        reason = ""
+        if worker.loaded.second_best:
+            reason = f"{worker.loaded.backend} answers. {why_none or worker.loaded.second_best}"
+            log.warning("%s: %s", worker.package, reason)
+        model.put_in_service(worker, quick=worker.batch_s <= self._inline_s, reason=reason)
+        model.digest = worker.package.digest
+        log.info(
+            "%s is ready on %s; a batch takes %.2f ms.", worker.package, worker.loaded.backend, worker.batch_s * 1000
+        )  # fmt: skip
+
+    def _do_later(self, order: Callable[[], None]) -> None:
+        self._orders.put(order)

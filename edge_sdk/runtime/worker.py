@@ -1,138 +1,166 @@
-"""A loaded model: its engine, its task, and the arrays they share.
+"""A loaded model: its engine, its task, and the batches that are on their way through it.
 
-`run_batch` is the whole of it: decode the requests, compute them together, phrase the answers. Whatever goes wrong with
-one request is the answer to that request; a batch that fails is computed again one by one, so that only the request at
-fault gets an error.
+`start` decodes requests and begins to compute them, `finish` waits for the batch that was started first and phrases its
+answers; `run_batch` is both. How many batches may be on their way at a time is the engine's to say (see `lanes`): with
+more than one, the next is decoded and the last one phrased while the engine computes.
 
-Inputs are copied once, into a slab of `max_rows` rows that lives as long as the worker, and outputs land in another; a
-batch of n is the first n rows of both. So the same arrays meet the engine every time and nothing is allocated.
+Whatever goes wrong with one request is the answer to that request; a batch that fails is computed again one by one, so
+that only the request at fault gets an error. A lost device is nobody's answer: it ends the process.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
-
-from edge_sdk.backends.base import Engine
-from edge_sdk.backends.registry import load_engine
-from edge_sdk.errors import EdgeSdkError, InferenceFailed, PackageError, RequestError, TooLarge
+from edge_sdk.backends.registry import Loaded, load_engine
+from edge_sdk.errors import DeviceLost, EdgeSdkError, InferenceFailed, PackageError, RequestError, TooLarge
 from edge_sdk.package import EnginePackage
 from edge_sdk.profiles import Machine
 from edge_sdk.runtime.batching import pack
+from edge_sdk.runtime.lanes import Lane, LooseLane, lanes_of
 from edge_sdk.runtime.messages import Answer, Request, Timing
 from edge_sdk.tasks.base import Body, Decoded, Task
 from edge_sdk.tasks.registry import task_of
-from edge_sdk.tensors import Array, Feeds, Outputs, allocate, is_batchable, zeros
+from edge_sdk.tensors import Feeds, Outputs
 
 log = logging.getLogger(__name__)
 
+Group = Sequence[tuple[Request, Decoded]]
+"""Requests that are computed together: their rows fit one batch of the engine."""
 
-@dataclass
-class Slab:
-    """Input and output arrays of `rows` rows, kept; `at` gives the views for a smaller batch, always the same ones."""
 
-    inputs: Feeds
-    outputs: Outputs
-    batchable: bool
-    """Whether a request may take any number of the rows; otherwise it takes the arrays as they are."""
+class _Flight:
+    """A batch on its way. Its first group is being computed; the others follow in the same lane as it is finished."""
 
-    def __post_init__(self) -> None:
-        self._views: dict[int, tuple[Feeds, Outputs]] = {}
+    __slots__ = ("answers", "error", "groups", "lane", "launched", "started")
 
-    @classmethod
-    def of(cls, engine: Engine, rows: int) -> Slab | None:
-        """None where a size is known only at run time: then arrays are the engine's own, made anew each time."""
-        batchable = is_batchable(engine.inputs, engine.outputs)
-        if not batchable and any(spec.has_free_axes for spec in (*engine.inputs, *engine.outputs)):
-            return None
-        inputs, outputs = allocate(engine.inputs, rows), allocate(engine.outputs, rows)
-        return None if inputs is None or outputs is None else cls(inputs, outputs, batchable)
-
-    def at(self, rows: int) -> tuple[Feeds, Outputs]:
-        if not self.batchable:
-            return self.inputs, self.outputs
-        if rows not in self._views:
-            self._views[rows] = (
-                {name: array[:rows] for name, array in self.inputs.items()},
-                {name: array[:rows] for name, array in self.outputs.items()},
-            )
-        return self._views[rows]
+    def __init__(self, lane: Lane, started: float) -> None:
+        self.lane = lane
+        self.started = started
+        self.groups: list[Group] = []
+        self.answers: list[Answer] = []
+        """Those that are there already: to requests that could not be decoded."""
+        self.launched = started
+        """When the group that is being computed began."""
+        self.error: Exception | None = None
+        """What went wrong with it then."""
 
 
 class Worker:
     """An engine at work. One thread at a time may use it."""
 
     def __init__(
-        self, package: EnginePackage, engine: Engine, task: Task, *, clock: Callable[[], float] = time.monotonic
+        self, package: EnginePackage, loaded: Loaded, task: Task, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        """Raises OutOfMemory where the engine's lanes do not fit beside it."""
         self.package = package
+        self.loaded = loaded
         self.task = task
         self.max_rows = package.manifest.batching.max_batch
-        self._engine = engine
+        self.batch_s = float("inf")
+        """What a best batch takes once it is warm, in seconds; unknown before `warm_up`."""
+        self._engine = loaded.engine
         self._clock = clock
-        self._slab = Slab.of(engine, self.max_rows)
+        self._lanes = lanes_of(loaded.engine, self.max_rows)  # the free ones; the last is taken first
+        self._flights: deque[_Flight] = deque()  # those in use, in the order in which they were started
 
     @classmethod
     def load(
-        cls, package: EnginePackage, machine: Machine | None = None, *, clock: Callable[[], float] = time.monotonic
+        cls,
+        package: EnginePackage,
+        machine: Machine | None = None,
+        *,
+        store: Path | None = None,
+        why_not_preferred: str = "",
+        clock: Callable[[], float] = time.monotonic,
     ) -> Worker:
-        """The worker of a package; raises what `load_engine` raises.
+        """The worker of a package; takes and raises what `load_engine` does.
 
         A build may put a new package in the place of this one while it is being read, whose files then do not match
         the manifest that was opened. So it is looked at once more, and the new one is loaded.
         """
         try:
-            task = task_of(package)
-            return cls(package, load_engine(package, machine).engine, task, clock=clock)
+            found, task = package, task_of(package)
+            loaded = load_engine(found, machine, store=store, why_not_preferred=why_not_preferred)
         except PackageError:
-            current = EnginePackage.open(package.path)
-            if current.digest == package.digest:
+            found = EnginePackage.open(package.path)
+            if found.digest == package.digest:
                 raise
-            task = task_of(current)
-            return cls(current, load_engine(current, machine).engine, task, clock=clock)
+            task = task_of(found)
+            loaded = load_engine(found, machine, store=store, why_not_preferred=why_not_preferred)
+        try:
+            return cls(found, loaded, task, clock=clock)
+        except Exception:
+            loaded.engine.close()
+            raise
+
+    @property
+    def in_flight(self) -> int:
+        """How many batches are on their way."""
+        return len(self._flights)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another batch may be started before one is finished."""
+        return bool(self._lanes)
 
     def warm_up(self) -> float:
-        """Compute a best batch of zeros, and give back the seconds that it takes once it is warm.
+        """Compute a best batch of zeros in every lane, and give back the seconds that it takes once it is warm.
 
-        Raises EngineFailed. A model whose sizes are known only at run time is asked with every free axis at 1, which
-        need not make sense to it, so its failure is none; it counts as slow.
+        Raises EngineFailed. A model whose sizes are known only at run time counts as slow.
         """
-        if self._slab is None:
-            with contextlib.suppress(EdgeSdkError):
-                self._engine.infer(zeros(self._engine.inputs))
-            return float("inf")
-        for array in self._slab.inputs.values():
-            array.fill(0)
-        feeds, out = self._slab.at(self.package.manifest.batching.best_batch)
         seconds = []
-        for _ in range(3):
-            started = self._clock()
-            self._engine.infer(feeds, out)
-            seconds.append(self._clock() - started)
-        return min(seconds)
+        for lane in self._lanes:
+            for _ in range(3 if lane.measurable else 1):
+                started = self._clock()
+                lane.warm(self.package.manifest.batching.best_batch)
+                seconds.append(self._clock() - started if lane.measurable else float("inf"))
+        self.batch_s = min(seconds)
+        return self.batch_s
+
+    def ask(self, feeds: Feeds) -> Outputs:
+        """What the engine gives for one request, without a task and while nothing is on its way."""
+        return self._engine.infer(feeds)
 
     def run_batch(self, requests: Sequence[Request]) -> list[Answer]:
         """Exactly one answer for each of `requests`."""
-        started = self._clock()
-        answers: list[Answer] = []
+        self.start(requests)
+        return self.finish()
+
+    def start(self, requests: Sequence[Request]) -> None:
+        """Decode `requests` and begin to compute them. There must be room."""
+        flight = _Flight(self._lanes.pop(), self._clock())
+        self._flights.append(flight)
         accepted: list[tuple[Request, Decoded]] = []
         for request in requests:
             decoded = self._decode(request)
             if isinstance(decoded, RequestError):
-                answers.append(self._answer(request, decoded))
+                flight.answers.append(self._answer(request, decoded))
             else:
                 accepted.append((request, decoded))
-        for group in pack([decoded.rows for _, decoded in accepted], self.max_rows):
-            answers += self._compute([accepted[index] for index in group], started)
-        return answers
+        groups = pack([decoded.rows for _, decoded in accepted], self.max_rows)
+        flight.groups = [[accepted[index] for index in group] for group in groups]
+        if flight.groups:
+            self._launch(flight, flight.groups[0])
+
+    def finish(self) -> list[Answer]:
+        """Exactly one answer for each request of the batch that was started first; waits until they are computed."""
+        flight = self._flights[0]
+        for group in flight.groups:
+            if group is not flight.groups[0]:
+                self._launch(flight, group)
+            flight.answers += self._land(flight, group)
+        self._flights.popleft()
+        self._lanes.append(flight.lane)
+        return flight.answers
 
     def close(self) -> None:
-        self._slab = None
+        """Give the engine's memory back. Nothing may be on its way."""
+        self._lanes = [LooseLane(self._engine)]  # which holds no memory, and lets the engine say that it is closed
         self._engine.close()
 
     def _decode(self, request: Request) -> Decoded | RequestError:
@@ -147,38 +175,45 @@ class Worker:
             return TooLarge(f"The request has a batch of {decoded.rows}; the model takes at most {self.max_rows}.")
         return decoded
 
-    def _compute(self, group: Sequence[tuple[Request, Decoded]], started: float) -> list[Answer]:
-        """Compute a group together; if that fails, each of it alone."""
-        before = self._clock()
+    def _launch(self, flight: _Flight, group: Group) -> None:
+        """Begin to compute a group. What goes wrong is for `_land` to deal with, in its turn; DeviceLost is raised."""
+        flight.launched, flight.error = self._clock(), None
         try:
-            outputs = self._infer([decoded for _, decoded in group])
+            flight.lane.start([decoded.feeds for _, decoded in group], sum([decoded.rows for _, decoded in group]))
+        except DeviceLost:
+            raise
+        except Exception as exc:
+            flight.error = exc
+
+    def _land(self, flight: _Flight, group: Group) -> list[Answer]:
+        """The answers to the group that was launched last; if it failed, each of it is computed again alone."""
+        try:
+            if flight.error is not None:
+                raise flight.error
+            outputs = flight.lane.finish()
+        except DeviceLost:
+            raise
         except Exception as exc:
             if len(group) > 1:
-                return [answer for one in group for answer in self._compute([one], started)]
+                return [answer for one in group for answer in self._alone(flight, one)]
             if isinstance(exc, EdgeSdkError):
                 log.warning("%s failed on a request: %s", self.package.name, exc)
             else:
                 log.exception("A defect of edge-sdk: %s could not be asked.", self.package.name)
             return [self._answer(request, _as_request_error(exc)) for request, _ in group]
-        infer_ms = (self._clock() - before) * 1000
+        infer_ms = (self._clock() - flight.launched) * 1000
         answers = []
         first = 0
         for request, decoded in group:
             rows = _rows_of(outputs, first, decoded.rows)
             first += decoded.rows
-            timing = Timing((started - request.received) * 1000, infer_ms, len(group))
+            timing = Timing((flight.started - request.received) * 1000, infer_ms, len(group))
             answers.append(self._answer(request, self._encode(rows, decoded), timing))
         return answers
 
-    def _infer(self, group: Sequence[Decoded]) -> Outputs:
-        if self._slab is None:
-            return self._engine.infer(
-                {name: _joined([decoded.feeds[name] for decoded in group]) for name in group[0].feeds}
-            )
-        feeds, out = self._slab.at(sum(decoded.rows for decoded in group))
-        for name, slot in feeds.items():
-            _fill(slot, [decoded.feeds[name] for decoded in group])
-        return self._engine.infer(feeds, out)
+    def _alone(self, flight: _Flight, one: tuple[Request, Decoded]) -> list[Answer]:
+        self._launch(flight, [one])
+        return self._land(flight, [one])
 
     def _encode(self, outputs: Outputs, decoded: Decoded) -> Body | RequestError:
         try:
@@ -191,18 +226,6 @@ class Worker:
 
     def _answer(self, request: Request, result: Body | RequestError, timing: Timing | None = None) -> Answer:
         return Answer(request.ticket, result, self.package.version, timing)
-
-
-def _fill(slot: Array, arrays: Sequence[Array]) -> None:
-    """Copy `arrays` one after the other along the first axis of `slot`."""
-    if len(arrays) == 1:
-        np.copyto(slot, arrays[0])
-    else:
-        np.concatenate(arrays, axis=0, out=slot)
-
-
-def _joined(arrays: Sequence[Array]) -> Array:
-    return np.asarray(arrays[0], order="C") if len(arrays) == 1 else np.concatenate(arrays, axis=0)
 
 
 def _rows_of(outputs: Outputs, first: int, rows: int) -> Outputs:

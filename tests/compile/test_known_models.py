@@ -19,7 +19,7 @@ BGR = 'color = "BGR"\nmean = [104.0, 117.0, 123.0]\n'
 IMAGENET = f'color = "RGB"\nscale = {1 / 255}\nmean = [0.485, 0.456, 0.406]\nstd = [0.229, 0.224, 0.225]\n'
 
 
-def _photo_engine(folder: Path, shared: Path, model: str, preprocess: str) -> Path:
+def photo_engine(folder: Path, shared: Path, model: str, preprocess: str) -> Path:
     """A spec for a classifier: every fourth photo to calibrate on, the others to judge on."""
     for index, photo in enumerate(sorted((shared / "images" / "imagenet-500").glob("*.jpg"))):
         place = folder / ("calibration" if index % 4 == 0 else "validation")
@@ -40,7 +40,7 @@ def test_squeezenet_keeps_its_answers(tmp_path: Path, shared: Path, cpu: DeviceP
 
     How much faster it is, `python -m benchmarks.int8` tells.
     """
-    package = build_engine(_photo_engine(tmp_path, shared, "squeezenet.onnx", BGR), profile=cpu, precision="int8")
+    package = build_engine(photo_engine(tmp_path, shared, "squeezenet.onnx", BGR), profile=cpu, precision="int8")
     measured = package.manifest.measurements
 
     assert measured is not None
@@ -52,7 +52,7 @@ def test_squeezenet_keeps_its_answers(tmp_path: Path, shared: Path, cpu: DeviceP
 
 def test_old_half_precision_file_builds(tmp_path: Path, shared: Path, cpu: DeviceProfile) -> None:
     """Opset 7, IR 3, FP16, weights among the inputs: built in INT8, and still FP16 to whoever asks it."""
-    folder = _photo_engine(tmp_path, shared, "squeezenet-opset7-fp16.onnx", BGR)
+    folder = photo_engine(tmp_path, shared, "squeezenet-opset7-fp16.onnx", BGR)
     package = build_engine(folder, profile=cpu, precision="int8")
     measured = package.manifest.measurements
 
@@ -63,7 +63,7 @@ def test_old_half_precision_file_builds(tmp_path: Path, shared: Path, cpu: Devic
 
 def test_quantised_file_is_served_as_it_is(tmp_path: Path, shared: Path, cpu: DeviceProfile) -> None:
     """Byte for byte, at the accuracy it is known for."""
-    folder = _photo_engine(tmp_path, shared, "mobilenetv2-qlinear.onnx", IMAGENET)
+    folder = photo_engine(tmp_path, shared, "mobilenetv2-qlinear.onnx", IMAGENET)
     package = build_engine(folder, profile=cpu)
     found = evaluate(package, str(shared / "images" / "imagenet-500"))
 

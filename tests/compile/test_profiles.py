@@ -19,7 +19,8 @@ def test_profile_is_sound(profile: DeviceProfile) -> None:
 
     assert profile.sources
     assert "onnxruntime" in profile.backends
-    assert {"fp32", "int8"} <= set(profile.precisions)
+    assert "int8" in profile.precisions
+    assert {"fp32", "fp16"} & set(profile.precisions)
     assert prefers_tensorrt == profile.quantization.symmetric == (not profile.quantization.quantize_bias)
     assert prefers_tensorrt == (profile.tensorrt is not None)
 
@@ -30,7 +31,11 @@ def test_profile_is_sound(profile: DeviceProfile) -> None:
         (BARE, "cpu-x86-avx2"),
         (replace(BARE, cpu_flags=frozenset({"avx2", "avx_vnni"})), "cpu-x86"),
         (replace(BARE, cpu_flags=frozenset({"avx2", "avx512_vnni"})), "cpu-x86"),
+        (replace(BARE, gpus=(Gpu("NVIDIA GeForce RTX 2080 Ti"),)), "desktop-rtx-20"),
+        (replace(BARE, gpus=(Gpu("NVIDIA GeForce GTX 1660 SUPER"),)), "desktop-rtx-20"),
+        (replace(BARE, gpus=(Gpu("NVIDIA GeForce RTX 2050"),)), "desktop-rtx-30"),
         (replace(BARE, gpus=(Gpu("NVIDIA GeForce RTX 4070 Laptop GPU"),)), "desktop-rtx-40"),
+        (replace(BARE, gpus=(Gpu("NVIDIA RTX A4000"),)), "cpu-x86-avx2"),
         (replace(BARE, gpus=(Gpu("NVIDIA H100 80GB HBM3"),)), "datacenter-h100"),
         (Machine("aarch64", frozenset({"asimd"}), 4, 8 << 30, "", ()), "cpu-arm64"),
         (Machine("aarch64", frozenset(), 4, 8 << 30, "Raspberry Pi 5 Model B Rev 1.0", ()), "raspberry-pi-5"),

@@ -9,9 +9,10 @@ from onnx import ModelProto, helper
 from edge_sdk.backends.base import Engine
 from edge_sdk.backends.onnxruntime import OnnxRuntimeBackend
 from edge_sdk.compile.datasets import Sample
-from edge_sdk.compile.verify import EXACT_DB, best_batch, can_stack, judge, throughput, time_engines
+from edge_sdk.compile.verify import best_batch, can_stack, judge, throughput, time_engines
 from edge_sdk.errors import DataError
 from edge_sdk.profiles import DeviceProfile
+from edge_sdk.tensors import EXACT_DB
 from tests.compile.graphs import conv_net, model, pictures
 
 

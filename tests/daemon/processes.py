@@ -22,8 +22,12 @@ DEVICE = "under-test"
 class DaemonProcess:
     """`edge-sdk serve` with settings as environment variables; what it says is kept in `log`."""
 
-    def __init__(self, engines: Path, broker_url: str, log: Path, **settings: str) -> None:
+    def __init__(
+        self, engines: Path, broker_url: str, log: Path, *, program: str = "edge_sdk", **settings: str
+    ) -> None:
+        """`program` is the module whose `serve` is run."""
         self.engines = engines
+        self.program = program
         self.broker_url = broker_url
         self.log = log
         self.environment = {
@@ -40,7 +44,7 @@ class DaemonProcess:
         """Start it; and, if models are named, wait until their retained state is READY."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "edge_sdk", "serve", *arguments],
+                [sys.executable, "-m", self.program, "serve", *arguments],
                 env={**os.environ, **self.environment, **(extra or {})},
                 stderr=log,
                 stdin=subprocess.DEVNULL,
@@ -90,10 +94,16 @@ class DaemonProcess:
 
 @contextlib.contextmanager
 def running_daemon(
-    engines: Path, broker_url: str, folder: Path, *, ready: Sequence[str] = (), **settings: str
+    engines: Path,
+    broker_url: str,
+    folder: Path,
+    *,
+    ready: Sequence[str] = (),
+    program: str = "edge_sdk",
+    **settings: str,
 ) -> Iterator[DaemonProcess]:
     """A daemon for one test, with its models READY."""
-    daemon = DaemonProcess(engines, broker_url, folder / "daemon.log", **settings)
+    daemon = DaemonProcess(engines, broker_url, folder / "daemon.log", program=program, **settings)
     daemon.start(ready=ready)
     try:
         yield daemon

@@ -145,3 +145,29 @@ def test_a_request_that_hangs_holds_nobody_back(broker: Broker, tmp_path: Path) 
             hung.result()
 
     assert 100 == len(answers)
+
+
+@pytest.mark.parametrize("inline_ms", ["10", "0"], ids=["network thread", "own thread"])
+def test_a_lost_device_loses_no_request(broker: Broker, tmp_path: Path, inline_ms: str) -> None:
+    """The daemon ends at once, with an exit code that has systemd start it again, and nobody gets a wrong answer: what
+    was being computed, and all behind it, is answered after the restart."""
+    orders = [{"do": "lose-device", "when": 666.0, "once": str(tmp_path / "lost")}]
+    make_package(tmp_path / "engines" / "m", misbehaving(orders), name="m", backend="reference", max_batch=4)
+    row = np.ones((1, 4), np.float32)
+    with (
+        running_daemon(
+            tmp_path / "engines", broker.url, tmp_path, ready=["m"], device="losing", serving__inline_ms=inline_ms
+        ) as daemon,
+        Client(broker.url, device="losing", timeout_s=60) as client,
+    ):
+        values = [float(n) for n in range(20)] + [666.0] + [float(n) for n in range(20, 60)]
+        futures = [client.submit("m", {"x": row * value}) for value in values]
+        assert daemon.process is not None
+        code = daemon.process.wait(20)
+        daemon.start()
+        answers = [float(future.result().outputs["y"][0, 0]) for future in futures]
+
+    assert 4 == code
+    assert [2 * value for value in values] == answers
+    assert 1 == daemon.said().count("told to lose its device")
+    assert "Traceback" not in daemon.said()

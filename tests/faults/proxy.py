@@ -3,10 +3,12 @@
     with Proxy(broker.port) as proxy:
         ...                          # connect to proxy.port
         proxy.reset()                # every connection ends with an RST
-        proxy.to_broker.swallow = True   # half-open: what the daemon sends goes nowhere, and nothing says so
+        proxy.half_open()            # the connections of now are dead, and nothing says so; new ones work
+        proxy.to_broker.bytes_per_second = 1000
 
 Each direction of each connection has a thread that reads, waits as it is told, and writes. The settings of a direction
-hold for all connections and take effect with the next bytes.
+hold for all connections and take effect with the next bytes. The proxy's own buffers are small where `buffer_bytes`
+says so: otherwise the kernel takes a whole message from its sender at once, and nobody feels how slow the line is.
 """
 
 from __future__ import annotations
@@ -21,6 +23,11 @@ from dataclasses import dataclass
 from types import TracebackType
 
 _CHUNK = 16 * 1024
+_SEND_LIMIT_S = 0.1
+"""How long a thread of a connection waits before it looks whether the connection is to end."""
+_CUT_S = 0.05
+"""Between the last bytes before a cut and the reset: a reset takes back what the other side has not read yet."""
+_Pair = tuple[socket.socket, socket.socket]
 _RST_ON_CLOSE = struct.pack("ii", 1, 0)
 """SO_LINGER with no time to linger: closing sends RST at once."""
 
@@ -30,7 +37,7 @@ class Direction:
     """What happens to bytes on their way."""
 
     latency_s: float = 0.0
-    """Each piece is this late; the pieces behind it wait too, as they do on a real line."""
+    """Each piece is this late, and nothing else moves on its connection meanwhile."""
     bytes_per_second: float | None = None
     swallow: bool = False
     """Bytes are taken and thrown away; neither side is told."""
@@ -48,7 +55,9 @@ class Direction:
 class Proxy:
     """Listens on a free port of the loopback interface; a context manager."""
 
-    def __init__(self, upstream_port: int, *, upstream_host: str = "127.0.0.1", seed: int = 0) -> None:
+    def __init__(
+        self, upstream_port: int, *, upstream_host: str = "127.0.0.1", seed: int = 0, buffer_bytes: int | None = None
+    ) -> None:
         self.to_broker = Direction()
         self.to_daemon = Direction()
         self.upstream = (upstream_host, upstream_port)
@@ -58,8 +67,12 @@ class Proxy:
         self._refusing = False
         self._closing = False
         self._lock = threading.Lock()
-        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._pairs: list[_Pair] = []
+        self._dead: set[_Pair] = set()
+        self._chunk = min(_CHUNK, buffer_bytes or _CHUNK)
+        self._buffer_bytes = buffer_bytes
         self._listener = socket.create_server(("127.0.0.1", 0))
+        self._shorten(self._listener)  # what it accepts inherits it, and the window is agreed on in the handshake
         self.port: int = self._listener.getsockname()[1]
         threading.Thread(target=self._listen, name="proxy", daemon=True).start()
 
@@ -74,6 +87,12 @@ class Proxy:
     def close_connections(self) -> int:
         """End every connection in good order, on both sides; how many there were."""
         return self._end_all(abruptly=False)
+
+    def half_open(self) -> int:
+        """Of the connections of now nothing arrives any more, either way; new ones are not touched. How many."""
+        with self._lock:
+            self._dead.update(self._pairs)
+            return len(self._dead)
 
     def heal(self) -> None:
         """Be an ordinary wire again."""
@@ -90,6 +109,8 @@ class Proxy:
 
     def close(self) -> None:
         self._closing = True
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # close alone does not end an accept() that waits
         self._listener.close()
         self.reset()
 
@@ -111,13 +132,17 @@ class Proxy:
             if self._refusing:
                 _end(near, abruptly=True)
                 continue
+            far = socket.socket()
+            self._shorten(far)
             try:
-                far = socket.create_connection(self.upstream, timeout=5)
+                far.settimeout(5)
+                far.connect(self.upstream)
             except OSError:
+                far.close()
                 _end(near, abruptly=True)
                 continue
             for end in (near, far):
-                end.settimeout(None)
+                end.settimeout(_SEND_LIMIT_S)
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             pair = (near, far)
             with self._lock:
@@ -125,27 +150,34 @@ class Proxy:
             for source, target, direction in ((near, far, self.to_broker), (far, near, self.to_daemon)):
                 threading.Thread(target=self._carry, args=(pair, source, target, direction), daemon=True).start()
 
-    def _carry(
-        self, pair: tuple[socket.socket, socket.socket], source: socket.socket, target: socket.socket, way: Direction
-    ) -> None:
+    def _shorten(self, end: socket.socket) -> None:
+        if self._buffer_bytes is not None:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._buffer_bytes)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._buffer_bytes)
+
+    def _carry(self, pair: _Pair, source: socket.socket, target: socket.socket, way: Direction) -> None:
         """The life of one direction's thread; whichever direction ends first ends both."""
         abruptly = True
         try:
-            while True:
-                while way.hold and not self._closing:
-                    time.sleep(0.005)
-                data = source.recv(_CHUNK)
+            while pair in self._pairs:
+                try:
+                    data = source.recv(self._chunk)
+                except TimeoutError:
+                    continue
                 if not data:
                     abruptly = False
                     break
+                while way.hold and pair in self._pairs:
+                    time.sleep(0.005)
                 self._delay(way, len(data))
-                if way.swallow:
+                if way.swallow or pair in self._dead:
                     continue
                 if way.cut_after is not None and len(data) >= way.cut_after:
-                    target.sendall(data[: way.cut_after])
+                    self._send(pair, target, data[: way.cut_after])
                     way.cut_after = None
+                    time.sleep(_CUT_S)
                     break
-                target.sendall(data)
+                self._send(pair, target, data)
                 way.passed += len(data)
                 if way.cut_after is not None:
                     way.cut_after -= len(data)
@@ -155,9 +187,19 @@ class Proxy:
             ours = pair in self._pairs
             if ours:
                 self._pairs.remove(pair)
+            self._dead.discard(pair)
         if ours:
             for end in pair:
                 _end(end, abruptly=abruptly)
+
+    def _send(self, pair: _Pair, target: socket.socket, data: bytes) -> None:
+        """All of it, however long the other side takes to read, while the connection stands."""
+        rest = memoryview(data)
+        while rest and pair in self._pairs:
+            try:
+                rest = rest[target.send(rest) :]
+            except TimeoutError:
+                continue
 
     def _delay(self, way: Direction, size: int) -> None:
         pause = way.latency_s

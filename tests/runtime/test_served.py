@@ -10,13 +10,14 @@ import pytest
 
 from edge_sdk.backends.base import Engine
 from edge_sdk.backends.registry import load_engine
-from edge_sdk.errors import EngineFailed, QueueFull, Unavailable
+from edge_sdk.errors import DeviceLost, EngineFailed, QueueFull, Unavailable
 from edge_sdk.runtime.batching import QueueLimits
 from edge_sdk.runtime.messages import Answer
 from edge_sdk.runtime.served import ServedModel
 from edge_sdk.runtime.worker import Worker
 from edge_sdk.tasks.registry import task_of
-from tests.packages import make_package, scaling
+from tests.brokers import eventually
+from tests.packages import make_package, misbehaving, scaling
 from tests.runtime.requests import request, response
 
 
@@ -36,8 +37,8 @@ class Place:
 
     def hire(self, factor: float) -> tuple[Worker, Engine]:
         package = make_package(self.folder / str(factor), scaling(factor), name="m")
-        engine = load_engine(package).engine
-        return Worker(package, engine, task_of(package), clock=lambda: 0.0), engine
+        loaded = load_engine(package)
+        return Worker(package, loaded, task_of(package), clock=lambda: 0.0), loaded.engine
 
 
 @pytest.fixture
@@ -142,3 +143,30 @@ def test_the_queue_has_a_limit_while_the_model_loads(tmp_path: Path) -> None:
     place.model.submit(request())
     with pytest.raises(QueueFull):
         place.model.submit(request())
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_lost_device_is_nobodys_answer(tmp_path: Path, quick: bool) -> None:
+    """The loss is told once, where it happened; neither that request nor one behind it gets a wrong answer, and the
+    engine is left alone."""
+    losses: list[DeviceLost] = []
+    answers: list[Answer] = []
+    model = ServedModel(
+        "m", "1", limits=QueueLimits(), on_answer=answers.append, on_lost=losses.append, clock=lambda: 0.0
+    )  # fmt: skip
+    orders = [{"do": "lose-device", "when": 666.0}]
+    package = make_package(tmp_path / "m", misbehaving(orders), name="m", backend="reference", max_batch=1)
+    loaded = load_engine(package)
+    model.put_in_service(Worker(package, loaded, task_of(package), clock=lambda: 0.0), quick=quick)
+    for value in (1.0, 666.0, 1.0):
+        model.submit(request(value))
+    while quick and model.run_once():
+        pass
+    eventually(lambda: losses, "the loss is told")
+    if not quick:
+        model.join(10.0)
+
+    assert [200] == [answer.status for answer in answers]
+    assert 1 == len(losses)
+    assert not model.run_once()
+    assert not is_closed(loaded.engine)

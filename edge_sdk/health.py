@@ -1,0 +1,181 @@
+"""What others may ask a daemon over HTTP, on this machine: `/metrics`, `/healthz`, `/readyz`.
+
+    health = Health(("127.0.0.1", 9464), max_silence_s=15)
+    health.update(stats, ready=True)       # at least every few seconds, from the thread whose life is being watched
+    health.close()
+
+`/healthz` is 200 while `update` keeps being called: it tells whether the daemon moves, not whether this thread does.
+`/readyz` is 200 while requests can come in and a model can answer them. `/metrics` is the latest figures in
+Prometheus's text format, and needs the extra `metrics`. What is asked reads only what was handed over last, so a slow
+or hostile reader costs the daemon nothing.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from edge_sdk.errors import SettingsError
+
+Stats = Mapping[str, Any]
+"""What the stats topic says: counts and timings, of the service and of each model."""
+
+_TEXT = "text/plain; charset=utf-8"
+_REQUEST_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class _State:
+    stats: Stats
+    ready: bool
+    at: float
+
+
+class Health:
+    """Serves from a thread of its own until `close`."""
+
+    def __init__(
+        self, address: tuple[str, int], *, max_silence_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """SettingsError if nothing can listen at `address`. Port 0 takes a free one; `port` tells which."""
+        self._max_silence_s = max_silence_s
+        self._clock = clock
+        self._state = _State({}, False, clock())
+        try:
+            self._server = _Server(address, self)
+        except OSError as exc:
+            raise SettingsError(
+                f"Nothing can listen at {address[0]}:{address[1]} for /metrics and /healthz: {exc.strerror or exc}.",
+                fix="Choose another port with `health`.",
+            ) from exc
+        self.port: int = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, name="edge-sdk-health", daemon=True).start()
+
+    def update(self, stats: Stats, *, ready: bool) -> None:
+        """Hand over the latest figures; they are not to be changed afterwards."""
+        self._state = _State(stats, ready, self._clock())
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def answer(self, path: str) -> tuple[HTTPStatus, str, bytes]:
+        """Status, content type and body of what `path` asks."""
+        state = self._state
+        silence_s = self._clock() - state.at
+        alive = silence_s <= self._max_silence_s
+        match path.partition("?")[0]:
+            case "/healthz" if alive:
+                return HTTPStatus.OK, _TEXT, b"ok\n"
+            case "/healthz":
+                return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, b"silent for %.1f s\n" % silence_s
+            case "/readyz" if alive and state.ready:
+                return HTTPStatus.OK, _TEXT, b"ready\n"
+            case "/readyz":
+                return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, b"not ready\n"
+            case "/metrics":
+                return _exposed(state.stats, ready=alive and state.ready)
+        return HTTPStatus.NOT_FOUND, _TEXT, b"There are /metrics, /healthz and /readyz.\n"
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, address: tuple[str, int], health: Health) -> None:
+        self.health = health
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
+        super().__init__(address, _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A reader that went away in the middle is nobody's fault."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    timeout = _REQUEST_TIMEOUT_S
+    server: _Server
+
+    def do_GET(self) -> None:
+        status, content_type, body = self.server.health.answer(self.path)
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """A scrape every few seconds is not worth a line each."""
+
+
+def _exposed(stats: Stats, *, ready: bool) -> tuple[HTTPStatus, str, bytes]:
+    try:
+        from prometheus_client import CollectorRegistry
+        from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+    except ImportError:
+        text = b"The figures need prometheus-client: pip install 'edge-sdk[metrics]'.\n"
+        return HTTPStatus.NOT_IMPLEMENTED, _TEXT, text
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Collector(stats, ready))
+    return HTTPStatus.OK, CONTENT_TYPE_LATEST, generate_latest(registry)
+
+
+class _Collector:
+    """The stats as Prometheus's metrics: seconds and bytes, counters ending in `_total`."""
+
+    def __init__(self, stats: Stats, ready: bool) -> None:
+        self._stats = stats
+        self._ready = ready
+
+    def describe(self) -> Iterator[Any]:
+        return iter(())
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        stats = self._stats
+        yield GaugeMetricFamily("edge_sdk_ready", "Whether requests can be answered", value=float(self._ready))
+        for name, text, key in (
+            ("edge_sdk_uptime_seconds", "Since the daemon started", "uptime_s"),
+            ("edge_sdk_resident_bytes", "Memory of the daemon's process", "memory_bytes"),
+        ):
+            if key in stats:
+                yield GaugeMetricFamily(name, text, value=stats[key])
+        for key, value in stats.get("mqtt", {}).items():
+            if key == "unsent":
+                yield GaugeMetricFamily("edge_sdk_mqtt_unsent", "Answers that wait for the broker", value=value)
+            elif isinstance(value, int):
+                yield CounterMetricFamily(f"edge_sdk_mqtt_{key}", f"MQTT messages: {key}", value=value)
+        yield from self._of_models()
+
+    def _of_models(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        labels = ["model", "version"]
+        answers = CounterMetricFamily("edge_sdk_answers", "Answers by status", labels=[*labels, "status"])
+        batches = CounterMetricFamily("edge_sdk_batches", "Batches computed", labels=labels)
+        waiting = GaugeMetricFamily("edge_sdk_waiting", "Requests that wait or are computed", labels=labels)
+        timings = {
+            "queue_ms": GaugeMetricFamily(
+                "edge_sdk_queue_seconds", "Time in the queue, of the last thousand", labels=[*labels, "quantile"]
+            ),
+            "infer_ms": GaugeMetricFamily(
+                "edge_sdk_infer_seconds", "Time to compute, of the last thousand", labels=[*labels, "quantile"]
+            ),
+        }
+        for name, figures in self._stats.get("models", {}).items():
+            of = list(name.split("/", 1))
+            for status, count in figures["answers"].items():
+                answers.add_metric([*of, status], count)
+            batches.add_metric(of, figures["batches"])
+            waiting.add_metric(of, figures["waiting"])
+            for key, family in timings.items():
+                for quantile, milliseconds in figures[key].items():
+                    family.add_metric([*of, f"0.{quantile[1:]}".rstrip("0")], milliseconds / 1000)
+        yield from (answers, batches, waiting, *timings.values())

@@ -1,0 +1,151 @@
+"""Where a batch lies while it is computed: filled, started, finished.
+
+An engine has one lane or several. A *pipelined* engine lends its own slots, so that one batch is filled or phrased
+while another is computed. Any other has a single lane, a `Slab`: arrays of `rows` rows that live as long as the engine,
+into which inputs are copied once and in which outputs land; a batch of n is the first n rows of both. So the same
+arrays meet the engine every time and nothing is allocated. Only a model whose sizes are known no sooner than the
+request gets arrays of its own each time.
+
+    lane = lanes_of(engine, rows=8)[0]
+    lane.start([feeds, other_feeds], rows=2)
+    outputs = lane.finish()             # valid until the lane's next `start`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from edge_sdk.backends.base import Engine, Pipelined, Slot
+from edge_sdk.errors import DeviceLost, EdgeSdkError
+from edge_sdk.tensors import Array, Feeds, Outputs, allocate, is_batchable, zeros
+
+
+class Lane(Protocol):
+    """One batch at a time: `start`, then `finish`. Both raise as `Engine.infer` does."""
+
+    measurable: bool
+    """Whether `warm` computes what a request would: then its time says how long one takes."""
+
+    def warm(self, rows: int) -> None:
+        """Compute `rows` rows of zeros."""
+        ...
+
+    def start(self, requests: Sequence[Feeds], rows: int) -> None:
+        """Begin to compute `requests`, which have `rows` rows together; 0: one request that shares no batch."""
+        ...
+
+    def finish(self) -> Outputs:
+        """Every output of what was started, once it is there."""
+        ...
+
+
+def lanes_of(engine: Engine, rows: int) -> list[Lane]:
+    """The engine's lanes, for batches of up to `rows`; there is at least one. Raises OutOfMemory."""
+    batchable = is_batchable(engine.inputs, engine.outputs)
+    if not batchable and any(spec.has_free_axes for spec in (*engine.inputs, *engine.outputs)):
+        return [LooseLane(engine)]
+    if isinstance(engine, Pipelined) and (slots := engine.slots(rows)):
+        return [SlotLane(slot) for slot in slots]
+    inputs, outputs = allocate(engine.inputs, rows), allocate(engine.outputs, rows)
+    if inputs is None or outputs is None:
+        return [LooseLane(engine)]
+    return [SlotLane(Slab(engine, inputs, outputs, batchable))]
+
+
+class SlotLane:
+    """A lane over a slot, whose arrays are there before the requests."""
+
+    measurable = True
+
+    def __init__(self, slot: Slot) -> None:
+        self._slot = slot
+        self._outputs: Outputs = {}
+
+    def warm(self, rows: int) -> None:
+        feeds, _ = self._slot.at(rows)
+        for array in feeds.values():
+            array.fill(0)
+        self._slot.start(rows)
+        self._slot.finish()
+
+    def start(self, requests: Sequence[Feeds], rows: int) -> None:
+        slot, rows = self._slot, rows or 1
+        feeds, self._outputs = slot.at(rows)
+        for name, place in feeds.items():
+            _fill(place, [request[name] for request in requests])
+        slot.start(rows)
+
+    def finish(self) -> Outputs:
+        self._slot.finish()
+        return self._outputs
+
+
+class LooseLane:
+    """A lane for sizes that only the request knows: arrays are the engine's own, made anew each time."""
+
+    measurable = False
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._outputs: Outputs = {}
+
+    def warm(self, rows: int) -> None:
+        """One request with every free axis at 1, which need not make sense to the model: its failure is none."""
+        try:
+            self._engine.infer(zeros(self._engine.inputs))
+        except DeviceLost:
+            raise
+        except EdgeSdkError:
+            pass
+
+    def start(self, requests: Sequence[Feeds], rows: int) -> None:
+        self._outputs = self._engine.infer(
+            {name: _joined([request[name] for request in requests]) for name in requests[0]}
+        )
+
+    def finish(self) -> Outputs:
+        outputs, self._outputs = self._outputs, {}
+        return outputs
+
+
+class Slab:
+    """The slot of an engine that has none of its own: `start` computes, and there is nothing left to wait for."""
+
+    def __init__(self, engine: Engine, inputs: Feeds, outputs: Outputs, batchable: bool) -> None:
+        """`batchable`: a batch may have any number of the rows; otherwise it has the arrays as they are."""
+        self._engine = engine
+        self._whole = (inputs, outputs)
+        self._batchable = batchable
+        self._views: dict[int, tuple[Feeds, Outputs]] = {}
+
+    def at(self, rows: int) -> tuple[Feeds, Outputs]:
+        return self._views.get(rows) or self._view(rows)
+
+    def start(self, rows: int) -> None:
+        self._engine.infer(*self.at(rows))
+
+    def finish(self) -> None:
+        return
+
+    def _view(self, rows: int) -> tuple[Feeds, Outputs]:
+        inputs, outputs = self._whole
+        if self._batchable:
+            inputs = {name: array[:rows] for name, array in inputs.items()}
+            outputs = {name: array[:rows] for name, array in outputs.items()}
+        self._views[rows] = inputs, outputs
+        return inputs, outputs
+
+
+def _fill(place: Array, arrays: Sequence[Array]) -> None:
+    """Copy `arrays` one after the other along the first axis of `place`."""
+    if len(arrays) == 1:
+        np.copyto(place, arrays[0])
+    else:
+        np.concatenate(arrays, axis=0, out=place)
+
+
+def _joined(arrays: Sequence[Array]) -> Array:
+    return np.asarray(arrays[0], order="C") if len(arrays) == 1 else np.concatenate(arrays, axis=0)

@@ -1,0 +1,1 @@
+"""TensorRT's half of the backends' tests."""

@@ -1,0 +1,251 @@
+"""Faults of models, runtimes and devices, with a real model or the reference engine that misbehaves: cases 52 to 64."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from onnx import TensorProto, helper
+
+from edge_sdk.errors import NoAnswer, Unavailable
+from edge_sdk.mqtt.client import Client
+from edge_sdk.mqtt.transports.base import Message, Properties
+from tests.brokers import Broker, eventually
+from tests.daemon.processes import error_of
+from tests.daemon.test_requests import Wire
+from tests.faults.conftest import MODELS, POISON, OpenDaemon, OpenScene, alive, doubled, numbers
+from tests.faults.fleet import FACTOR, Load
+from tests.faults.history import Answered
+from tests.faults.scene import DEVICE, busy
+from tests.faults.systemd import Ear
+from tests.packages import filling, graph, make_package, scaling
+
+Engines = Callable[..., Path]
+
+
+def flipped(data: bytes) -> bytes:
+    """Every 16th byte with its bits the other way round."""
+    return bytes(byte ^ 0xFF if number % 16 == 5 else byte for number, byte in enumerate(data))
+
+
+def of_strange_operators() -> bytes:
+    """A graph with an operator of a domain that no runtime knows."""
+    node = helper.make_node("Frobnicate", ["x"], ["y"], domain="com.example")
+    row = (TensorProto.FLOAT, ("batch", 4))
+    model = graph([node], {"x": row}, {"y": row})
+    model.opset_import.append(helper.make_opsetid("com.example", 1))
+    return bytes(model.SerializeToString())
+
+
+def of_opset(version: int) -> bytes:
+    model = scaling()
+    model.opset_import[0].version = version
+    return bytes(model.SerializeToString())
+
+
+def test_case_52_54_models_that_do_not_load(tmp_path: Path, mosquitto: Broker, open_daemon: OpenDaemon) -> None:
+    """Cut short, bits flipped, empty, of operators or an opset that nobody knows: UNAVAILABLE with a reason each; the
+    model beside them serves."""
+    whole = scaling().SerializeToString()
+    broken = {
+        "cut": whole[: len(whole) // 2],
+        "flipped": flipped(whole),
+        "empty": b"",
+        "strange": of_strange_operators(),
+        "future": of_opset(9_999),
+    }
+    engines = tmp_path / "engines"
+    make_package(engines / "scale", scaling(FACTOR), name="scale")
+    declared = scaling()
+    for name, data in broken.items():
+        package = make_package(engines / name, declared, name=name)
+        _replace_graph(package.path, data)
+    daemon = open_daemon(mosquitto.url, engines=engines)
+    with Client(mosquitto.url, device=DEVICE, timeout_s=5) as client:
+        reasons = {name: daemon.wait_for_state(client, name, "UNAVAILABLE")["reason"] for name in broken}
+        answers = [client.infer("scale", numbers(2.0)) for _ in range(3)]
+        refused = []
+        for name in broken:
+            try:
+                client.infer(name, numbers(1.0), timeout_s=2)
+            except Unavailable as exc:
+                refused.append((name, exc.retryable))
+
+    assert all(len(reason) > 20 for reason in reasons.values()), reasons
+    assert not any(str(tmp_path) in reason for reason in reasons.values())
+    assert [(name, False) for name in broken] == refused
+    assert [4.0] * 3 == [doubled(answer.raw)[0] for answer in answers]
+
+
+def _replace_graph(package: Path, data: bytes) -> None:
+    """Seal other bytes in the place of the graph: the digests are right, the graph is not."""
+    from edge_sdk.package import GRAPH, EnginePackage, seal, writing
+
+    manifest = EnginePackage.open(package).manifest
+    with writing(package) as staged:
+        (staged / GRAPH).write_bytes(data)
+        seal(staged, manifest)
+
+
+def test_case_57_a_package_changes_under_load(tmp_path: Path, open_scene: OpenScene) -> None:
+    """SIGHUP again and again, with a package that was written anew in between: no request fails."""
+    engines = tmp_path / "changing"
+    make_package(engines / "scale", scaling(FACTOR), name="scale")
+    scene = open_scene(engines=engines)
+    for number in range(4):
+        scene.wait_for_answers()
+        with scene.fault("reload"):
+            successor = scaling(FACTOR)
+            successor.doc_string = f"number {number}"
+            make_package(engines / "scale", successor, name="scale")
+            scene.daemon.hang_up()
+            ready = number + 2
+            eventually(lambda: scene.daemon.said().count("is ready") >= ready, "the new package serves")  # noqa: B023
+    report = scene.finish()
+
+    assert report.kept, report
+
+
+def test_case_59_no_memory_for_a_request(tmp_path: Path, mosquitto: Broker, open_daemon: OpenDaemon) -> None:
+    """What does not fit is answered 507; the next request, which fits, is answered."""
+    engines = tmp_path / "engines"
+    make_package(engines / "fill", filling(), name="fill")
+    make_package(engines / "scale", scaling(FACTOR), name="scale")
+    daemon = open_daemon(mosquitto.url, engines=engines)
+    with Client(mosquitto.url, device=DEVICE) as client:
+        daemon.wait_for_state(client, "fill", "READY")
+        wire = Wire(mosquitto.url)
+        sizes = [np.array([size], np.int64).tobytes() for size in (2**46, 3)]
+        too_much, little = (
+            wire.ask(size, topic=f"{MODELS}/fill/infer", content_type="application/octet-stream") for size in sizes
+        )
+        wire.transport.close()
+        other = client.infer("scale", numbers(1.0))
+
+    assert (507, "out_of_memory") == error_of(too_much.payload)
+    assert b"[0.0,0.0,0.0]" in little.payload.replace(b" ", b"")
+    assert 2.0 == doubled(other.raw)[0]
+
+
+def test_case_61_a_model_that_never_returns(
+    mosquitto: Broker, open_daemon: OpenDaemon, misbehaving_engines: Engines, tmp_path: Path
+) -> None:
+    """On the network's thread it starves the watchdog: systemd ends the daemon, the next one serves, and once the
+    request that did it has expired, nothing is left of it."""
+    hanging = misbehaving_engines({"do": "sleep", "seconds": 600.0, "when": POISON})
+    watchdog_s = 1.0
+    with Ear(tmp_path, watchdog_s=watchdog_s) as ear, Client(mosquitto.url, device=DEVICE, timeout_s=60) as client:
+        daemon = open_daemon(mosquitto.url, engines=hanging, extra=ear.environment)
+        daemon.wait_for_state(client, "odd", "READY")
+        wire = Wire(mosquitto.url)
+        told = Properties(response_topic=wire.replies, correlation_data=b"poison", message_expiry_s=2)
+        wire.send(Message(f"{MODELS}/odd/infer", numbers(POISON), properties=told))
+        futures = [client.submit("scale", numbers(float(number))) for number in range(50)]
+        kills = 0
+        while not all(future.done() for future in futures):
+            fed = ear.fed
+            give_up_at = time.monotonic() + watchdog_s
+            while ear.fed == fed and time.monotonic() < give_up_at:
+                busy(0.02)
+            if ear.fed == fed:  # systemd: WatchdogSec is over
+                daemon.kill()
+                kills += 1
+                daemon.start(extra=ear.environment)
+        answers = [future.result() for future in futures]
+        wire.transport.close()
+
+    assert 1 <= kills <= 5
+    assert [2.0 * number for number in range(50)] == [doubled(answer.raw)[0] for answer in answers]
+
+
+def test_case_61_a_slow_model_that_never_returns(
+    mosquitto: Broker, open_daemon: OpenDaemon, misbehaving_engines: Engines
+) -> None:
+    """On a thread of its own it holds back nobody: its request is answered 408 at its deadline."""
+    hanging = misbehaving_engines({"do": "sleep", "seconds": 600.0, "when": POISON})
+    daemon = open_daemon(mosquitto.url, engines=hanging, serving__inline_ms="0")
+    with Client(mosquitto.url, device=DEVICE) as client:
+        daemon.wait_for_state(client, "odd", "READY")
+        wire = Wire(mosquitto.url)
+        told = Properties(response_topic=wire.replies, correlation_data=b"poison", message_expiry_s=1)
+        wire.send(Message(f"{MODELS}/odd/infer", numbers(POISON), properties=told))
+        answers = [client.infer("scale", numbers(float(number))) for number in range(20)]
+        late = wire.next()
+        wire.transport.close()
+
+    assert (408, "deadline_exceeded") == error_of(late.payload)
+    assert [2.0 * number for number in range(20)] == [doubled(answer.raw)[0] for answer in answers]
+
+
+def test_case_62_native_code_that_crashes(open_scene: OpenScene, misbehaving_engines: Engines) -> None:
+    """The request that ends the process is given to the next one, and ends it too, until it expires: whoever else
+    asked meanwhile is answered once, and rightly."""
+    crashing = misbehaving_engines({"do": "abort", "when": POISON})
+    scene = open_scene(engines=crashing, supervised=True, promises={"recovery_s": 15.0})
+    scene.wait_for_answers()
+    wire = Wire(scene.broker.url)
+    with scene.fault("crash"):
+        told = Properties(response_topic=wire.replies, correlation_data=b"poison", message_expiry_s=3)
+        wire.send(Message(f"{MODELS}/odd/infer", numbers(POISON), properties=told))
+        eventually(lambda: scene.crashes >= 2, "it crashes, and crashes again")
+    scene.wait_for_answers(deadline_s=40)
+    wire.transport.close()
+    crashes = scene.crashes
+    report = scene.finish()
+
+    assert 2 <= crashes <= 10
+    assert scene.crashes == crashes
+    assert report.kept, report
+
+
+def test_case_63_a_device_that_became_slow(open_scene: OpenScene, misbehaving_engines: Engines) -> None:
+    """Twice as much is asked as can be computed: what can be, is; the rest is told 429 or 408, in time."""
+    each_s = 0.02
+    slow = misbehaving_engines({"do": "sleep", "seconds": each_s}, max_batch=1)
+    load = Load(DEVICE, model="odd", in_flight=8, pause_s=0.01, timeout_s=15.0, expected=(200, 429, 408))
+    scene = open_scene(engines=slow, load=load, limits__max_queue="8", serving__inline_ms="0")
+    scene.wait_for_answers(20)
+    before, begun = scene.answers(), time.monotonic()
+    busy(4.0)
+    goodput = (scene.answers() - before) / (time.monotonic() - begun)
+    report = scene.finish()
+    refused = [e for e in scene.history.events if isinstance(e, Answered) and e.status in (408, 429)]
+
+    assert refused
+    assert goodput > 0.7 / each_s
+    assert report.kept, report
+
+
+def test_case_64_killed_for_its_memory(open_scene: OpenScene) -> None:
+    """The kernel's out-of-memory killer sends what a cgroup's limit sends, SIGKILL; systemd starts the next daemon."""
+    scene = open_scene(supervised=True)
+    scene.wait_for_answers()
+    with scene.fault("out of memory"):
+        assert scene.daemon.process is not None
+        scene.daemon.process.kill()
+        eventually(lambda: scene.crashes == 1, "started again")
+    scene.wait_for_answers()
+    report = scene.finish()
+
+    assert report.kept, report
+
+
+def test_a_client_is_told_when_nobody_is_there(mosquitto: Broker, open_daemon: OpenDaemon) -> None:
+    """The other side of every restart above: without one, a client hears so, and does not wait for its deadline."""
+    daemon = open_daemon(mosquitto.url)
+    with Client(mosquitto.url, device=DEVICE, wait_for_device_s=1.0) as client:
+        daemon.wait_for_state(client, "scale", "READY")
+        daemon.stop()
+        begun = time.monotonic()
+        try:
+            client.infer("scale", numbers(1.0), timeout_s=30)
+            told = False
+        except NoAnswer:
+            told = True
+        took_s = time.monotonic() - begun
+
+    assert told
+    assert took_s < 5
+    assert not alive(daemon)

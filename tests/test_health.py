@@ -1,0 +1,126 @@
+"""What a daemon tells over HTTP: whether it moves, whether it can answer, and its figures."""
+
+from __future__ import annotations
+
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+
+from edge_sdk.errors import SettingsError
+from edge_sdk.health import Health
+
+STATS = {
+    "uptime_s": 12.5,
+    "memory_bytes": 84_000_000,
+    "mqtt": {"received": 7, "duplicates": 1, "unsent": 2},
+    "models": {
+        "digits/1": {
+            "answers": {"200": 5, "422": 2},
+            "batches": 3,
+            "mean_batch": 1.67,
+            "queue_ms": {"p50": 1.0, "p99": 9.0},
+            "infer_ms": {"p50": 0.5, "p99": 0.75},
+            "waiting": 4,
+        }
+    },
+}
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def health(clock: Clock) -> Iterator[Health]:
+    serving = Health(("127.0.0.1", 0), max_silence_s=15.0, clock=clock)
+    yield serving
+    serving.close()
+
+
+def get(health: Health, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{health.port}{path}", timeout=5) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as exc:
+        with exc:
+            return exc.code, exc.read().decode()
+
+
+def test_health_is_progress(health: Health, clock: Clock) -> None:
+    """A daemon that has not handed over figures for too long does not move, whatever its other threads say."""
+    health.update(STATS, ready=True)
+
+    assert (200, "ok\n") == get(health, "/healthz")
+
+    clock.now += 16.0
+    assert (503, "silent for 16.0 s\n") == get(health, "/healthz")
+    assert 503 == get(health, "/readyz")[0]
+
+
+def test_ready_is_said_from_the_first_moment_on(health: Health) -> None:
+    assert 503 == get(health, "/readyz")[0]
+
+    health.update(STATS, ready=True)
+    assert (200, "ready\n") == get(health, "/readyz")
+    health.update(STATS, ready=False)
+    assert 503 == get(health, "/readyz")[0]
+
+
+def test_metrics_are_prometheus_text(health: Health) -> None:
+    """Read back by Prometheus's own parser: base units, labels, counters."""
+    parser = pytest.importorskip("prometheus_client.parser", reason="the extra `metrics` is not installed")
+    health.update(STATS, ready=True)
+    status, text = get(health, "/metrics")
+    samples = {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in parser.text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+    assert 200 == status
+    assert 1.0 == samples["edge_sdk_ready",]
+    assert 5.0 == samples["edge_sdk_answers_total", "1", "200", "digits"]
+    assert 4.0 == samples["edge_sdk_waiting", "1", "digits"]
+    assert 0.009 == pytest.approx(samples["edge_sdk_queue_seconds", "0.99", "1", "digits"])
+    assert 0.0005 == pytest.approx(samples["edge_sdk_infer_seconds", "0.5", "1", "digits"])
+    assert 7.0 == samples["edge_sdk_mqtt_received_total",]
+    assert 2.0 == samples["edge_sdk_mqtt_unsent",]
+    assert 84e6 == samples["edge_sdk_resident_bytes",]
+
+
+def test_before_the_first_figures_there_are_metrics_too(health: Health) -> None:
+    pytest.importorskip("prometheus_client", reason="the extra `metrics` is not installed")
+
+    assert (200, True) == (get(health, "/metrics")[0], "edge_sdk_ready 0.0" in get(health, "/metrics")[1])
+
+
+def test_anything_else_is_not_found(health: Health) -> None:
+    assert 404 == get(health, "/")[0]
+    assert 404 == get(health, "/../etc/passwd")[0]
+
+
+def test_a_port_that_is_taken_is_said() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(SettingsError, match="Nothing can listen"):
+        Health(("127.0.0.1", other.getsockname()[1]), max_silence_s=1.0)
+
+
+def test_a_reader_that_leaves_disturbs_nobody(health: Health) -> None:
+    """Neither one that goes in the middle nor one that never asks."""
+    with socket.create_connection(("127.0.0.1", health.port)) as lingering:
+        with socket.create_connection(("127.0.0.1", health.port)) as leaving:
+            leaving.sendall(b"GET /metr")
+        health.update(STATS, ready=True)
+
+        assert 200 == get(health, "/readyz")[0]
+        lingering.sendall(b"GET")
