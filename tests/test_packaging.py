@@ -60,7 +60,7 @@ def test_what_is_in_it(wheel: Path) -> None:
     }
 
     assert expected == data
-    assert 13 == sum(name.startswith("device_profiles/") for name in data)
+    assert 15 == sum(name.startswith("device_profiles/") for name in data)
     assert {"LICENSE", "NOTICE"} == {Path(name).name for name in names if ".dist-info/licenses/" in name}
     assert [] == [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
     modules = {str(file.relative_to(ROOT)) for file in (ROOT / "edge_sdk").rglob("*.py")}
@@ -86,4 +86,4 @@ def test_it_finds_its_data(wheel: Path, tmp_path: Path) -> None:
     where, *found = done.stdout.splitlines()
 
     assert where.startswith(str(tmp_path))
-    assert ["13", "digits", "True"] == found
+    assert ["15", "digits", "True"] == found

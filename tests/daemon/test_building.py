@@ -157,7 +157,7 @@ def held_builder(daemon: DaemonProcess) -> psutil.Process:
 
 def let_go_for_moments(builder: psutil.Process, until: Callable[[], bool]) -> None:
     """A build on a busy machine: hundredths of a second of its time for half a second of everybody else's."""
-    give_up_at = time.monotonic() + 60
+    give_up_at = time.monotonic() + 90
     with contextlib.suppress(psutil.NoSuchProcess):
         while not until():
             assert time.monotonic() < give_up_at
