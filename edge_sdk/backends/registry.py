@@ -155,6 +155,11 @@ def rebuild(package: EnginePackage, *, store: Path | None = None, progress: Prog
     preferred.build(EngineOrder.of(package, here=True), None, progress=progress, considerate=True)
 
 
+def preferred_version(package: EnginePackage, *, store: Path | None = None) -> str:
+    """The version of the runtime that the package prefers; empty where it is not to be had."""
+    return backend(package.manifest.backend.name, store).availability().version or ""
+
+
 def discard(package: EnginePackage, *, store: Path | None = None) -> None:
     """Take out of `store` what was compiled from the package's graph: it was found to answer otherwise."""
     from edge_sdk.backends.tensorrt.store import EngineStore

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from edge_sdk.backends.base import Progress
-from edge_sdk.errors import EdgeSdkError
+from edge_sdk.errors import EdgeSdkError, EngineFailed
 from edge_sdk.package import EnginePackage
 from edge_sdk.runtime.catalog import Key
 
@@ -39,7 +39,7 @@ class Wish:
     progress: Callable[[int], None]
     """Told each new whole percent, at most about twice a second; 0 as soon as the wish is made."""
     built: Callable[[], None]
-    failed: Callable[[str], None]
+    failed: Callable[[EdgeSdkError], None]
 
 
 @dataclass(eq=False)
@@ -110,18 +110,18 @@ class Builder:
                 key = next(iter(self._waiting))
                 job = self._waiting.pop(key)
                 self._current = key, job
-            why_not = self._why_not_built(job)
+            error = self._error_of(job)
             with self._changed:
                 self._current = None
                 if job.cancelled:
                     continue
-            if why_not:
-                job.wish.failed(why_not)
+            if error is not None:
+                job.wish.failed(error)
             else:
                 job.wish.built()
 
-    def _why_not_built(self, job: _Job) -> str:
-        """Build; the reason if that failed."""
+    def _error_of(self, job: _Job) -> EdgeSdkError | None:
+        """Build; what went wrong, if something did."""
         package = job.wish.package
         log.info("Building an engine for %s, in the background.", package)
         started = self._clock()
@@ -129,14 +129,14 @@ class Builder:
             self._build(package, lambda done: self._note(job, done))
         except Cancelled:
             log.info("The engine for %s is not wanted any more.", package)
-            return "it was cancelled"
+            return EngineFailed("It was cancelled.")
         except EdgeSdkError as exc:
-            return str(exc)
+            return exc
         except Exception as exc:
             log.exception("A defect of edge-sdk: building the engine for %s failed.", package)
-            return f"building it met a defect of edge-sdk ({type(exc).__name__}); the log has the details"
+            return EngineFailed(f"Building it met a defect of edge-sdk ({type(exc).__name__}); the log has it.")
         log.info("The engine for %s was built in %.1f s.", package, self._clock() - started)
-        return ""
+        return None
 
     def _note(self, job: _Job, done: float) -> None:
         """A build's progress: say it on, if it is news."""

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edge_sdk.backends.base import Progress
-from edge_sdk.backends.registry import check_store, discard, rebuild
-from edge_sdk.errors import BackendUnavailable, DeviceLost, EdgeSdkError, EngineFailed
+from edge_sdk.backends.registry import check_store, discard, preferred_version, rebuild
+from edge_sdk.errors import BackendUnavailable, DeviceLost, EdgeSdkError, EngineFailed, EngineUnfit, ModelError
 from edge_sdk.package import EnginePackage
 from edge_sdk.runtime.building import Builder, Wish
 from edge_sdk.runtime.served import ServedModel
@@ -54,13 +54,11 @@ class Yardstick:
         return cls(feeds[: len(answers)], answers)
 
     def check(self, worker: Worker) -> None:
-        """Raise EngineFailed unless another worker of the package answers the same."""
+        """Raise EngineUnfit unless another worker of the package answers the same."""
         found = [worker.ask(each) for each in self.feeds]
         if (snr_db := signal_to_noise_db(self.answers, found)) < MIN_SNR_DB:
-            raise EngineFailed(
-                f"It answers otherwise than the graph does: {snr_db:g} dB of signal to noise over {len(found)} "
-                f"requests, {MIN_SNR_DB:g} are needed."
-            )
+            reason = f"{snr_db:g} dB of signal to noise over {len(found)} requests, {MIN_SNR_DB:g} are needed"
+            raise EngineUnfit(f"It answers otherwise than the graph does: {reason}.", reasons=(reason,))
 
 
 def _request_of_zeros(package: EnginePackage) -> Feeds:
@@ -105,6 +103,8 @@ class Successions:
         Gives back why none is to be built now; empty if one may be.
         """
         trial = Trial(package, self._store)
+        if why := trial.given_up(preferred_version(package, store=self._store)):
+            return f"No engine is built, it came to nothing before: {why} A reload tries again."
         stage = trial.interrupted()
         if stage is None:
             return ""
@@ -139,8 +139,10 @@ class Successions:
         def built() -> None:
             self._later(lambda: self._succeed(model, worker, yardstick))
 
-        def failed(reason: str) -> None:
-            self._keep(model, worker, f"No engine could be built: {reason}")
+        def failed(error: EdgeSdkError) -> None:
+            if isinstance(error, ModelError):
+                self._give_up(worker.package, str(error))
+            self._keep(model, worker, f"No engine could be built: {error}")
 
         self._builder.wish(model.key, Wish(worker.package, progress=progress, built=built, failed=failed))
 
@@ -175,6 +177,10 @@ class Successions:
         except DeviceLost as exc:
             self._on_lost(exc)
             return
+        except EngineUnfit as exc:
+            self._give_up(former.package, str(exc))
+            self._keep(model, former, f"The engine that was built is not used: {exc}")
+            return
         except EdgeSdkError as exc:
             self._keep(model, former, f"The engine that was built is not used: {exc}")
         except Exception as exc:
@@ -190,6 +196,8 @@ class Successions:
         try:
             if worker.package.digest != former.package.digest:
                 raise EngineFailed("The package was replaced meanwhile, and not reloaded.")
+            if worker.loaded.better_can_be_built:  # one like that was just built
+                raise EngineUnfit(worker.loaded.second_best, reasons=(worker.loaded.second_best,))
             if worker.loaded.second_best:
                 raise EngineFailed(worker.loaded.second_best)
             self._check(worker, yardstick)
@@ -208,6 +216,10 @@ class Successions:
         except EdgeSdkError:
             discard(worker.package, store=self._store)  # or the next start would believe it
             raise
+
+    def _give_up(self, package: EnginePackage, why: str) -> None:
+        """What would fail in the same way again is not tried again at every start."""
+        Trial(package, self._store).give_up(preferred_version(package, store=self._store), why)
 
     def _keep(self, model: ServedModel, worker: Worker, reason: str) -> None:
         """Go on with a worker that is second best, and say why."""

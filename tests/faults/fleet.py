@@ -1,8 +1,9 @@
 """Clients that keep asking what they know the answer to, and write down what they hear.
 
-Four kinds: the client library (`sdk`) and bare messages through paho (`wire`), each with MQTT 5 and 3.1.1. The library
-shows one answer for each request, however often it came; the bare ones show every message, and send a request again,
-under its id, when its answer takes long. paho is there for being somebody else's: it shares no code with the daemon.
+Three kinds, each with MQTT 5 and 3.1.1. The client library (`sdk`) shows one answer for each request, however often it
+came. Bare messages through paho (`wire`) show every message, and are sent again, under their id, when the answer takes
+long. `patient` clients are like these and never send again: as long as the broker lives, what it accepted is the
+daemon's to answer. paho is there for being somebody else's: it shares no code with the daemon.
 
 Every question is another one: the answer to a neighbour's would be noticed. One in twenty is no question at all, and is
 to be answered 400.
@@ -172,9 +173,12 @@ class SdkAsker(Asker):
 class WireAsker(Asker):
     """paho, and every message that came."""
 
-    def __init__(self, name: str, index: int, history: History, load: Load, port: int, version: int) -> None:
+    def __init__(
+        self, name: str, index: int, history: History, load: Load, port: int, version: int, *, patient: bool
+    ) -> None:
         super().__init__(name, index, history, load)
         self._five = version == 5
+        self._patient = patient
         topics = Topics(DEFAULT_ROOT, load.device)
         self._topics = topics
         self._replies = f"{DEFAULT_ROOT}/reply/{name}" if self._five else topics.results_for(name)
@@ -213,6 +217,8 @@ class WireAsker(Asker):
         self._publish(request_id)
 
     def look(self) -> None:
+        if self._patient:
+            return
         now = time.monotonic()
         for request_id in [request_id for request_id, sent in list(self.open.items()) if now - sent > SEND_AGAIN_S]:
             if request_id in self.open and self._client.is_connected():
@@ -281,6 +287,8 @@ class WireAsker(Asker):
 
 
 KINDS = ("sdk 5", "sdk 3.1.1", "wire 5", "wire 3.1.1")
+PATIENT = ("sdk 5", "wire 3.1.1", "patient 5", "patient 3.1.1")
+"""For faults that leave the broker alone: then nobody needs to send anything again."""
 
 
 class Fleet:
@@ -296,7 +304,8 @@ class Fleet:
                 url = f"mqtt://127.0.0.1:{port}"
                 self.askers.append(SdkAsker(name, index, history, load, url, protocol))
             else:
-                self.askers.append(WireAsker(name, index, history, load, port, 5 if protocol == "5" else 4))
+                version = 5 if protocol == "5" else 4
+                self.askers.append(WireAsker(name, index, history, load, port, version, patient=what == "patient"))
 
     @property
     def open(self) -> int:

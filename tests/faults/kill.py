@@ -3,7 +3,8 @@
     python -m tests.faults.kill --daemon 1000 --broker 100 --output /tmp/kills
 
 The daemon is killed from its first moment on: while it starts, connects, computes, answers. The broker saves its
-sessions at each change. History, report and the daemon's log stay in the output folder; the exit code is the checker's.
+sessions at each change. If only the daemon is killed, half of the clients never send anything again. History, report
+and the daemon's log stay in the output folder; the exit code is the checker's.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.faults.checker import Report
-from tests.faults.fleet import Load
+from tests.faults.fleet import KINDS, PATIENT, Load
 from tests.faults.scene import DEVICE, Scene, busy, make_engines
 
 LONGEST_LIFE_S = 1.2
@@ -31,7 +32,8 @@ def run(folder: Path, *, daemon: int, broker: int, seed: int = 0, tell: Tell = l
     victims = ["daemon"] * daemon + ["broker"] * broker
     draw.shuffle(victims)
     load = Load(DEVICE, timeout_s=120.0)
-    with Scene(folder, make_engines(folder / "engines"), load=load) as scene:
+    clients = KINDS if broker else PATIENT
+    with Scene(folder, make_engines(folder / "engines"), load=load, clients=clients) as scene:
         for number, victim in enumerate(victims, 1):
             busy(draw.uniform(0.0, LONGEST_LIFE_S))
             with scene.fault(f"{victim} kill"):

@@ -33,7 +33,7 @@ from tests.faults.conftest import (
     stats_from,
 )
 from tests.faults.fake_broker import CONNECT, PINGREQ, PUBLISH, FakeBroker, Rules, connack, disconnect
-from tests.faults.fleet import Load
+from tests.faults.fleet import PATIENT, Load
 from tests.faults.proxy import Proxy
 from tests.faults.scene import DEVICE, Scene, busy
 from tests.faults.systemd import Ear
@@ -93,7 +93,7 @@ def test_case_03_the_broker_is_down_at_the_start(mosquitto: Broker, open_daemon:
     """The service is up and tries again, at moments that no fleet shares; systemd's status says why it waits."""
     mosquitto.stop()
     with Ear(tmp_path) as ear:
-        daemon = open_daemon(mosquitto.url, extra=ear.environment)
+        daemon = open_daemon(mosquitto.url, extra=ear.environment, stats_interval_s="0.5")
         ear.hears("READY=1")
         eventually(lambda: daemon.said().count("trying again") >= 3, "three attempts")
         status = ear.status
@@ -141,7 +141,7 @@ def test_case_04_ten_minutes_without_a_broker(open_scene: OpenScene, gone: str) 
 
 def test_case_05_half_open(open_scene: OpenScene) -> None:
     """A connection that is dead without a word is noticed within twice the keepalive, and replaced."""
-    scene = open_scene(broker__keepalive_s="2")
+    scene = open_scene(clients=PATIENT, broker__keepalive_s="2")
     scene.wait_for_answers()
     with scene.fault("half-open"):
         begun = time.monotonic()
@@ -158,7 +158,7 @@ def test_case_05_half_open(open_scene: OpenScene) -> None:
 @pytest.mark.parametrize("way", ["to_daemon", "to_broker"])
 def test_case_06_a_reset_in_the_middle_of_a_message(open_scene: OpenScene, way: str) -> None:
     """Half a request is never computed, and half an answer is sent again as a whole."""
-    scene = open_scene(load=Load(DEVICE, model="wide", width=4_000, pause_s=0.05))
+    scene = open_scene(clients=PATIENT, load=Load(DEVICE, model="wide", width=4_000, pause_s=0.05))
     direction = getattr(scene.proxy, way)
     for number in range(4):
         scene.wait_for_answers(10)
@@ -201,7 +201,7 @@ def test_case_07_a_line_slower_than_the_keepalive(mosquitto: Broker, open_daemon
 def test_case_08_a_flapping_line(open_scene: OpenScene) -> None:
     """On and off for two minutes (in CI: four seconds): nothing is lost, no thread and no descriptor is left behind."""
     flaps, half_s = (60, 1.0) if FULL_LENGTH else (7, 0.25)
-    scene = open_scene(promises={"recovery_s": 6.0})
+    scene = open_scene(clients=PATIENT, promises={"recovery_s": 6.0})
     scene.wait_for_answers()
     before = vitals(scene.pid)
     with scene.fault("flapping"):

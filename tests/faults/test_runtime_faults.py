@@ -16,7 +16,7 @@ from tests.brokers import Broker, eventually
 from tests.daemon.processes import error_of
 from tests.daemon.test_requests import Wire
 from tests.faults.conftest import MODELS, POISON, OpenDaemon, OpenScene, alive, doubled, numbers
-from tests.faults.fleet import FACTOR, Load
+from tests.faults.fleet import FACTOR, PATIENT, Load
 from tests.faults.history import Answered
 from tests.faults.scene import DEVICE, busy
 from tests.faults.systemd import Ear
@@ -93,7 +93,7 @@ def test_case_57_a_package_changes_under_load(tmp_path: Path, open_scene: OpenSc
     """SIGHUP again and again, with a package that was written anew in between: no request fails."""
     engines = tmp_path / "changing"
     make_package(engines / "scale", scaling(FACTOR), name="scale")
-    scene = open_scene(engines=engines)
+    scene = open_scene(engines=engines, clients=PATIENT)
     for number in range(4):
         scene.wait_for_answers()
         with scene.fault("reload"):
@@ -183,7 +183,7 @@ def test_case_62_native_code_that_crashes(open_scene: OpenScene, misbehaving_eng
     """The request that ends the process is given to the next one, and ends it too, until it expires: whoever else
     asked meanwhile is answered once, and rightly."""
     crashing = misbehaving_engines({"do": "abort", "when": POISON})
-    scene = open_scene(engines=crashing, supervised=True, promises={"recovery_s": 15.0})
+    scene = open_scene(engines=crashing, clients=PATIENT, supervised=True, promises={"recovery_s": 15.0})
     scene.wait_for_answers()
     wire = Wire(scene.broker.url)
     with scene.fault("crash"):
@@ -220,7 +220,7 @@ def test_case_63_a_device_that_became_slow(open_scene: OpenScene, misbehaving_en
 
 def test_case_64_killed_for_its_memory(open_scene: OpenScene) -> None:
     """The kernel's out-of-memory killer sends what a cgroup's limit sends, SIGKILL; systemd starts the next daemon."""
-    scene = open_scene(supervised=True)
+    scene = open_scene(clients=PATIENT, supervised=True)
     scene.wait_for_answers()
     with scene.fault("out of memory"):
         assert scene.daemon.process is not None

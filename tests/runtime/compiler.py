@@ -57,6 +57,7 @@ class StandInCompiler:
     def __init__(self, store: Path, *, before_step: Callable[[], None] = lambda: None) -> None:
         """`before_step` is called before each report of a build's progress."""
         self.store = store
+        self.version = "stand-in"
         self.steps: Sequence[float] = [n / 10 for n in range(11)]
         self.fails: BaseException | None = None
         """What a build ends with."""
@@ -91,7 +92,7 @@ class StandInCompiler:
         self._going_on.set()
 
     def availability(self) -> Availability:
-        return Availability("stand-in")
+        return Availability(self.version)
 
     def can_build(self, profile: DeviceProfile, *, here: bool = False) -> Availability:
         return self.availability()

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("onnxruntime", reason="the second-best engine of these packages is onnxruntime's")
 
-from edge_sdk.errors import DeviceLost, EngineFailed
+from edge_sdk.errors import DeviceLost, EngineFailed, EngineUnfit, ModelError
 from edge_sdk.mqtt.presence import metadata
 from edge_sdk.runtime import trial
 from edge_sdk.runtime.building import Builder, Wish
@@ -223,6 +223,51 @@ def test_an_engine_whose_trial_ended_the_process_is_not_tried_for_ever(works: Wo
     eventually(lambda: not list(works.store.glob("trial-*")), "the trial is over")
 
 
+@pytest.mark.parametrize("how", ["the graph is refused", "the engine answers otherwise", "the engine does not fit"])
+def test_what_would_fail_again_is_not_built_at_every_start(how: str, works: Works) -> None:
+    """The next process knows, and says why; somebody who reloads, or another version of the runtime, tries again."""
+    package_to_compile(works.engines / "double")
+    match how:
+        case "the graph is refused":
+            works.compiler.fails = ModelError("There is no such layer.")
+        case "the engine answers otherwise":
+            works.compiler.turns_into = lambda _: shifting().SerializeToString()
+        case "the engine does not fit":
+            works.compiler.runs_into = EngineUnfit("Its output has no size.", reasons=("its output has no size",))
+    first = works.open()
+    first.until(lambda: bool(works.compiler.builds) and the_model(first).state == "READY")
+    said = the_model(first).reason
+    first.service.stop(limit_s=0.0)
+    second = works.restart()
+    second.settle()
+
+    assert ("READY", "onnxruntime", 1) == (
+        the_model(second).state,
+        the_model(second).backend,
+        len(works.compiler.builds),
+    )
+    assert said.split(": ", 1)[1] in the_model(second).reason
+    assert 2.0 == second.factor()
+
+    works.compiler.fails = works.compiler.runs_into = None
+    works.compiler.turns_into = lambda graph: graph
+    second.service.reload()
+    second.until(lambda: the_model(second).backend == "tensorrt")
+
+
+def test_another_version_of_the_runtime_is_another_chance(works: Works) -> None:
+    package_to_compile(works.engines / "double")
+    works.compiler.fails = ModelError("There is no such layer.")
+    first = works.open()
+    first.until(lambda: bool(works.compiler.builds) and the_model(first).state == "READY")
+    first.service.stop(limit_s=0.0)
+    works.compiler.version = "a later stand-in"
+    works.compiler.fails = None
+    second = works.restart()
+
+    second.until(lambda: bool(second.states()) and the_model(second).backend == "tensorrt")
+
+
 def test_an_engine_that_nobody_has_proven_is_not_believed(works: Works) -> None:
     """The process ended between the build and the trial: the next start builds it anew, and proves that one."""
     package = package_to_compile(works.engines / "double")
@@ -367,7 +412,7 @@ def test_a_yardstick_knows_its_engine_from_another(tmp_path: Path, works: Works)
     ones = [{"x": np.ones((1, 4), np.float32)}]
     yardstick = Yardstick(ones, [worker.ask(each) for each in ones])
     yardstick.check(worker)
-    with pytest.raises(EngineFailed, match=r"6\.02 dB"):
+    with pytest.raises(EngineUnfit, match=r"6\.02 dB"):
         yardstick.check(other)
     zeros = Yardstick.of(worker)
 
