@@ -11,22 +11,40 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from edge_sdk.errors import DeviceLost, RequestError
-from edge_sdk.package import EnginePackage
+from edge_sdk.backends.base import DeviceTime, Engine, Timed
+from edge_sdk.backends.onnxruntime import OnnxRuntimeBackend
+from edge_sdk.backends.registry import load_engine
+from edge_sdk.errors import BackendUnavailable, DeviceLost, EngineFailed, RequestError
+from edge_sdk.package import GRAPH, EnginePackage
 from edge_sdk.runtime.batching import QueueLimits
 from edge_sdk.runtime.messages import Answer, Request
 from edge_sdk.runtime.served import ServedModel
 from edge_sdk.runtime.worker import Worker
 from edge_sdk.tasks.base import Body, Payload
+from edge_sdk.tensors import Feeds, allocate
 
 Submit = Callable[[], "Future[Any]"]
 _DEADLINE_S = 60.0
+
+
+@dataclass(frozen=True)
+class DeviceFigures:
+    """An engine alone, batch after batch: medians, by the device's own clock and by the wall's."""
+
+    batch: int
+    wall_ms: float
+    device_ms: float
+    """From the first copy to the last."""
+    compute_ms: float
+    cuda_provider_ms: float | None = None
+    """What onnxruntime's CUDA provider takes for the same batch of the same graph, by the wall's clock; None where it
+    is not installed."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +59,8 @@ class BenchResult:
     p50_ms: float
     p99_ms: float
     first_error: str | None = None
+    device: DeviceFigures | None = None
+    """Of a package whose engine runs on a device with a clock of its own."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,6 +106,48 @@ def drive(submit: Submit, *, concurrency: int, seconds: float, warm_up: int = 10
         p99_ms=round(p99, 3),
         first_error=first_error,
     )
+
+
+def device_figures(package: EnginePackage, *, seconds: float) -> DeviceFigures | None:
+    """What a best batch of zeros takes on the package's device; None where that has no clock, or zeros make no sense.
+
+    Half of `seconds` goes to onnxruntime's CUDA provider where that is installed.
+    """
+    with closing(load_engine(package).engine) as engine:
+        batch = package.manifest.batching.best_batch
+        feeds = allocate(engine.inputs, batch)
+        if not isinstance(engine, Timed) or feeds is None:
+            return None
+        for array in feeds.values():
+            array.fill(0)
+        taken: list[DeviceTime] = []
+        wall_ms = _median_ms(engine, feeds, seconds / 2, lambda: taken.append(engine.device_time() or _NO_TIME))
+    try:
+        peer = OnnxRuntimeBackend().load_on_cuda(package.read(GRAPH), package.profile())
+    except (BackendUnavailable, EngineFailed):
+        peer_ms = None
+    else:
+        with closing(peer):
+            peer_ms = _median_ms(peer, feeds, seconds / 2)
+    total_ms, compute_ms = (round(float(np.median([time[part] for time in taken])), 4) for part in (0, 1))
+    return DeviceFigures(batch, wall_ms, total_ms, compute_ms, peer_ms)
+
+
+_NO_TIME = DeviceTime(float("nan"), float("nan"))
+
+
+def _median_ms(engine: Engine, feeds: Feeds, seconds: float, each: Callable[[], object] = lambda: None) -> float:
+    """Of one run, after a few that are not counted."""
+    out = engine.infer(feeds)
+    for _ in range(5):
+        engine.infer(feeds, out)
+    times: list[float] = []
+    began = time.perf_counter()
+    while not times or times[-1] - began < seconds:
+        engine.infer(feeds, out)
+        times.append(time.perf_counter())
+        each()
+    return round(float(np.median(np.diff([began, *times]))) * 1e3, 4)
 
 
 @contextmanager

@@ -489,10 +489,20 @@ def bench(
 
 
 def _bench_text(result: BenchResult) -> str:
-    return (
+    text = (
         f"{result.per_second:,.0f} requests/s, p50 {console.milliseconds(result.p50_ms)}, "
         f"p99 {console.milliseconds(result.p99_ms)} ({result.concurrency} in flight, {result.requests:,} requests)"
     )
+    if (device := result.device) is not None:
+        text += (
+            f"\nThe engine alone, batch {device.batch}: {console.milliseconds(device.wall_ms)}, of which the device "
+            f"takes {console.milliseconds(device.device_ms)} ({console.milliseconds(device.compute_ms)} to compute)"
+        )
+        if device.cuda_provider_ms is not None:
+            ratio = device.cuda_provider_ms / device.wall_ms
+            took = console.milliseconds(device.cuda_provider_ms)
+            text += f"; onnxruntime's CUDA provider: {took}, {ratio:.2f} times as long"
+    return text
 
 
 @main.command(short_help="What this machine has, what is wrong, what to do.")

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from edge_sdk.package import GRAPH, BatchingRecord, EnginePackage, EngineRecord
 from edge_sdk.profiles import DeviceProfile
@@ -144,6 +144,23 @@ class Pipelined(Protocol):
 
     def slots(self, rows: int) -> Sequence[Slot]:
         """The slots, for batches of up to `rows`; made at the first call. Batches finish in the order they started."""
+        ...
+
+
+class DeviceTime(NamedTuple):
+    """Of one batch, by the device's own clock, in milliseconds."""
+
+    total_ms: float
+    """From the first copy to the last; waiting for other batches' computes is in it."""
+    compute_ms: float
+
+
+@runtime_checkable
+class Timed(Protocol):
+    """What an engine is besides, if its device has a clock of its own."""
+
+    def device_time(self) -> DeviceTime | None:
+        """Of the batch that was finished last; None where there is none."""
         ...
 
 

@@ -29,6 +29,8 @@ _DISTRIBUTIONS = (
 )  # fmt: skip
 """The names under which the module `onnxruntime` is published; NVIDIA's wheels for Jetson are `onnxruntime-gpu`."""
 
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
 _BINDINGS_KEPT = 16
 """A serving loop has one set of arrays for each batch size it uses."""
 
@@ -56,9 +58,23 @@ class OnnxRuntimeBackend:
     def load_graph(self, graph: bytes, profile: DeviceProfile) -> OnnxRuntimeEngine:
         refuse_external_data(graph)
         try:
-            return OnnxRuntimeEngine(_session(graph, profile))
+            return OnnxRuntimeEngine(_session(graph, profile, _CPU))
         except ValueError as exc:  # TensorSpec's
             raise EngineFailed(f"onnxruntime cannot load the graph: {exc}.") from exc
+
+    def load_on_cuda(self, graph: bytes, profile: DeviceProfile) -> OnnxRuntimeEngine:
+        """The graph on onnxruntime's own way to an NVIDIA GPU: what TensorRT's engine is to be faster than.
+
+        BackendUnavailable where that is not installed, or does not load.
+        """
+        refuse_external_data(graph)
+        session = _session(graph, profile, _CUDA)
+        if _CUDA not in session.get_providers():
+            raise BackendUnavailable(
+                "onnxruntime's CUDA provider is not to be had here.",
+                fix="It is in onnxruntime-gpu, which takes the place of onnxruntime.",
+            )
+        return OnnxRuntimeEngine(session)
 
 
 class OnnxRuntimeEngine:
@@ -128,7 +144,7 @@ class OnnxRuntimeEngine:
         return binding
 
 
-def _session(graph: bytes, profile: DeviceProfile) -> Any:
+def _session(graph: bytes, profile: DeviceProfile, provider: str) -> Any:
     try:
         import onnxruntime
     except ImportError as exc:
@@ -145,7 +161,9 @@ def _session(graph: bytes, profile: DeviceProfile) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(profile.onnxruntime.spinning)))
     options.log_severity_level = 3  # errors; they reach us as exceptions anyway
     try:
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        wanted = {provider: None, _CPU: None}  # the CPU's has what another one does not take
+        there = [name for name in wanted if name in onnxruntime.get_available_providers()]
+        return onnxruntime.InferenceSession(graph, options, providers=there)
     except Exception as exc:  # onnxruntime's exceptions share no base class
         raise EngineFailed(f"onnxruntime cannot load the graph: {_first_line(exc)}.") from exc
 

@@ -3,8 +3,14 @@
     python -m tests.faults.kill --daemon 1000 --broker 100 --output /tmp/kills
 
 The daemon is killed from its first moment on: while it starts, connects, computes, answers. The broker saves its
-sessions at each change. If only the daemon is killed, half of the clients never send anything again. History, report
-and the daemon's log stay in the output folder; the exit code is the checker's.
+sessions at each change.
+
+    python -m tests.faults.kill --daemon 1000 --broker 0
+
+Without kills of the broker every request is the daemon's to answer: half of the clients never send anything again, and
+the model takes its time, so that requests die with the daemon while they wait and while they are computed.
+
+History, report and the daemon's log stay in the output folder; the exit code is the checker's.
 """
 
 from __future__ import annotations
@@ -23,6 +29,8 @@ from tests.faults.scene import DEVICE, Scene, busy, make_engines
 
 LONGEST_LIFE_S = 1.2
 """A daemon answers about half a second after its start: half of them are killed before that, half while they serve."""
+SLOW_S = 0.05
+"""What a batch takes of the model that takes its time."""
 Tell = Callable[[str], None]
 
 
@@ -32,8 +40,8 @@ def run(folder: Path, *, daemon: int, broker: int, seed: int = 0, tell: Tell = l
     victims = ["daemon"] * daemon + ["broker"] * broker
     draw.shuffle(victims)
     load = Load(DEVICE, timeout_s=120.0)
-    clients = KINDS if broker else PATIENT
-    with Scene(folder, make_engines(folder / "engines"), load=load, clients=clients) as scene:
+    engines = make_engines(folder / "engines", slow_s=0.0 if broker else SLOW_S)
+    with Scene(folder, engines, load=load, clients=KINDS if broker else PATIENT, serving__inline_ms="1") as scene:
         for number, victim in enumerate(victims, 1):
             busy(draw.uniform(0.0, LONGEST_LIFE_S))
             with scene.fault(f"{victim} kill"):

@@ -69,6 +69,8 @@ class Proxy:
         self._lock = threading.Lock()
         self._pairs: list[_Pair] = []
         self._dead: set[_Pair] = set()
+        self._deaf: set[_Pair] = set()
+        """Dead, and one end has given up; the other still waits."""
         self._chunk = min(_CHUNK, buffer_bytes or _CHUNK)
         self._buffer_bytes = buffer_bytes
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -170,7 +172,7 @@ class Proxy:
                 while way.hold and pair in self._pairs:
                     time.sleep(0.005)
                 self._delay(way, len(data))
-                if way.swallow or pair in self._dead:
+                if way.swallow or pair in self._dead or pair in self._deaf:
                     continue
                 if way.cut_after is not None and len(data) >= way.cut_after:
                     self._send(pair, target, data[: way.cut_after])
@@ -184,11 +186,16 @@ class Proxy:
         except OSError:
             pass
         with self._lock:
-            ours = pair in self._pairs
+            deaf = pair in self._dead and pair in self._pairs
+            ours = pair in self._pairs and not deaf
             if ours:
                 self._pairs.remove(pair)
-            self._dead.discard(pair)
-        if ours:
+            if deaf:
+                self._dead.remove(pair)
+                self._deaf.add(pair)
+        if deaf:
+            _end(source, abruptly=False)  # the other side of a dead line is not told
+        elif ours:
             for end in pair:
                 _end(end, abruptly=abruptly)
 

@@ -30,7 +30,7 @@ from tests.faults.fleet import FACTOR, KINDS, Bystander, Fleet, Load
 from tests.faults.history import Answered, Fault, History, Life, Said, Sampled
 from tests.faults.proxy import Proxy
 from tests.faults.vitals import disk_bytes, vitals
-from tests.packages import make_package, scaling
+from tests.packages import make_package, misbehaving, scaling
 
 DEVICE = "under-fire"
 SAMPLE_S = 0.25
@@ -40,9 +40,16 @@ KILLED = -9
 _DEFECT = re.compile(r"Traceback|defect of edge-sdk|^\w*(Error|Exception)\b|Fatal Python error")
 
 
-def make_engines(folder: Path) -> Path:
-    """`scale` doubles four numbers; `wide` doubles many, so that requests and answers are long."""
-    make_package(folder / "scale", scaling(FACTOR), name="scale")
+def make_engines(folder: Path, *, slow_s: float = 0.0) -> Path:
+    """`scale` doubles four numbers; `wide` doubles many, so that requests and answers are long.
+
+    With `slow_s` each batch of `scale` takes that long.
+    """
+    if slow_s:
+        slow = misbehaving([{"do": "sleep", "seconds": slow_s}])
+        make_package(folder / "scale", slow, name="scale", backend="reference")
+    else:
+        make_package(folder / "scale", scaling(FACTOR), name="scale")
     make_package(folder / "wide", scaling(FACTOR, width=4_000), name="wide")
     return folder
 

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from edge_sdk.backends.base import DeviceTime
 from edge_sdk.backends.cuda import Device
 from edge_sdk.backends.residency import Needs
 from edge_sdk.backends.tensorrt.arena import SharedGpu
@@ -27,7 +28,6 @@ from edge_sdk.backends.tensorrt.interface import Interface
 from edge_sdk.backends.tensorrt.lanes import (
     Batch,
     Capturing,
-    DeviceTime,
     IoTensor,
     Lane,
     Loaded,
@@ -38,7 +38,7 @@ from edge_sdk.errors import EngineFailed, OutOfMemory
 from edge_sdk.profiles import DeviceProfile
 from edge_sdk.tensors import Array, Feeds, Outputs, TensorSpec
 
-__all__ = ["DeviceTime", "IoTensor", "Options", "Plan", "RuntimeApi", "TensorRTEngine", "open_engine"]
+__all__ = ["IoTensor", "Options", "Plan", "RuntimeApi", "TensorRTEngine", "open_engine"]
 
 Result = TypeVar("Result")
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from edge_sdk.backends.base import DeviceTime
 from edge_sdk.backends.cuda import Device, DeviceMemory, Event, Graph, HostMemory
 from edge_sdk.backends.residency import Needs
 from edge_sdk.backends.tensorrt.arena import Arena, Scratch, SharedGpu
@@ -71,14 +72,6 @@ class RuntimeApi(Protocol):
     def largest_output_bytes(self, context: Any, name: str) -> int: ...
     def set_address(self, context: Any, name: str, address: int) -> None: ...
     def enqueue(self, context: Any, stream: int) -> None: ...
-
-
-class DeviceTime(NamedTuple):
-    """Of one batch, by the device's own clock, in milliseconds."""
-
-    total_ms: float
-    """From the first copy to the last; waiting for other batches' computes is in it."""
-    compute_ms: float
 
 
 class Batch(NamedTuple):

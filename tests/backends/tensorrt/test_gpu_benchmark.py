@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 
+import edge_sdk.bench
 from benchmarks import gpu as benchmark
 from edge_sdk.backends import cuda
+from edge_sdk.backends.registry import Loaded
 from edge_sdk.backends.tensorrt.executor import Options, TensorRTEngine
+from edge_sdk.package import EnginePackage
 from tests.backends.simulated_gpu import SimulatedCuda
 from tests.backends.tensorrt.test_executor import Bench
 from tests.compile.graphs import conv_net, pictures
+from tests.packages import make_package
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -57,6 +61,30 @@ def test_a_run_of_the_benchmark(bench: Bench) -> None:
     assert 100.0 == memory.given_back_percent
     assert "| fp32 | 2 lanes, graphs | 4 |" in told
     assert told.endswith("Note: a note")
+
+
+def test_bench_has_the_devices_own_time_beside_the_walls(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a package whose engine is timed by its device; no figure of a peer that is not there."""
+    package = make_package(tmp_path / "net", conv_net(), max_batch=4)
+
+    def loaded(_: EnginePackage) -> Loaded:
+        return Loaded(bench.load(conv_net(), {"N": (1, 4)}), "tensorrt")
+
+    monkeypatch.setattr(edge_sdk.bench, "load_engine", loaded)
+    figures = edge_sdk.bench.device_figures(package, seconds=0.1)
+
+    assert figures is not None
+    assert (4, None) == (figures.batch, figures.cuda_provider_ms)
+    assert 0 < figures.compute_ms <= figures.device_ms
+    assert 0 < figures.wall_ms
+
+
+def test_a_cpu_has_no_clock_of_its_own(tmp_path: Path) -> None:
+    package = make_package(tmp_path / "net", conv_net(), max_batch=4)
+
+    assert edge_sdk.bench.device_figures(package, seconds=0.1) is None
 
 
 def test_memory_that_stays_is_seen() -> None:
