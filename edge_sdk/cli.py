@@ -317,6 +317,13 @@ def build_engine(
     if manifest.measurements is not None:
         click.echo(f"decision: {manifest.measurements.decision}")
         click.echo("\n" + _measurements_table(package))
+    if (engine := manifest.backend.engine) is not None:
+        click.echo(
+            f"\nengine:   {engine.file}, {console.size(engine.bytes)}, compiled in {engine.seconds:.1f} s with at most "
+            f"{console.size(engine.peak_bytes)} of memory"
+        )
+        for note in engine.notes:
+            click.echo(f"          {note}")
     if manifest.backend.missing:
         click.echo(f"\nmissing:  {manifest.backend.missing}")
 

@@ -85,6 +85,9 @@ class TensorRTOptions(Table):
     """Scratch memory a layer may use; None: as much as the GPU has."""
     optimization_level: int = Field(default=3, ge=0, le=5)
     """How long the builder searches: 0 compiles fastest, 5 tries everything. 3 is TensorRT's own default."""
+    max_aux_streams: int | None = Field(default=None, ge=0, le=16)
+    """Streams beside the main one on which an engine may compute; None: TensorRT decides, and a build on the device
+    itself measures whether none at all is faster, and packs what it found."""
     timing_cache: bool = True
     """tensorrt: keep what the builder measured, for the next build. Never used for a tensorrt_rtx build."""
     version_compatible: bool = False

@@ -111,6 +111,7 @@ class TensorRTWishes(Table):
     """What depends on the model in how TensorRT builds it; where None, the device profile decides."""
 
     optimization_level: int | None = Field(default=None, ge=0, le=5)
+    max_aux_streams: int | None = Field(default=None, ge=0, le=16)
     workspace_bytes: int | None = Field(default=None, gt=0)
     version_compatible: bool | None = None
     weight_streaming: bool | None = None

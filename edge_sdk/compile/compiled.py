@@ -6,18 +6,23 @@ golden requests and must answer them as the graph does on the CPU. If not, the p
 
 from __future__ import annotations
 
+import shutil
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from edge_sdk.backends.base import Engine, EngineOrder
 from edge_sdk.compile.golden import Golden
 from edge_sdk.compile.order import Order
 from edge_sdk.compile.verify import best_batch, throughput, time_engines
 from edge_sdk.errors import BackendUnavailable, EngineFailed, EngineUnfit, OutOfMemory
-from edge_sdk.package import EnginePackage, EngineRecord, Manifest, seal
-from edge_sdk.profiles import Precision
+from edge_sdk.package import PROFILE, EnginePackage, EngineRecord, Manifest, seal
+from edge_sdk.profiles import DeviceProfile, Precision
 from edge_sdk.tensors import signal_to_noise_db
 
+_WORTH_IT = 1.02
+"""How many times faster an engine in one stream must be than TensorRT's own choice: less than that is noise."""
 _MIN_SNR_DB: dict[Precision, float] = {"fp32": 40.0, "fp16": 30.0, "int8": 20.0}
 """How closely an engine must answer as its graph does on the CPU. Kernels round in other places: TF32 and FP16 leave 50
 dB and more; INT8 about 30, as values fall to the other side of a step. A wrong layout or scale leaves next to none."""
@@ -40,7 +45,39 @@ def with_engine(order: Order, graph: bytes, manifest: Manifest, golden: Golden, 
     except (EngineUnfit, BackendUnavailable, OutOfMemory) as exc:
         return _untried(manifest, record, exc.problem)
     with closing(engine):
-        return _tried(order, graph, manifest, golden, record, engine)
+        manifest = _tried(order, graph, manifest, golden, record, engine)
+        return _in_one_stream(order, graph, manifest, golden, folder, engine)
+
+
+def _in_one_stream(
+    order: Order, graph: bytes, manifest: Manifest, golden: Golden, folder: Path, engine: Engine
+) -> Manifest:
+    """The engine compiled without auxiliary streams in the place of `engine`, if it is faster.
+
+    TensorRT guesses whether a network gains by computing on several streams at once; events between them cost a small
+    one more. It is compiled a second time for that, unless the options have the answer.
+    """
+    options = order.profile.tensorrt
+    if options is None or options.max_aux_streams is not None or not golden.requests:
+        return manifest
+    single = {"tensorrt": options.model_copy(update={"max_aux_streams": 0})}
+    with TemporaryDirectory(dir=folder.parent, prefix=".") as place:
+        other = Path(place) / folder.name
+        shutil.copytree(folder, other)
+        alone = replace(order, profile=order.profile.model_copy(update=single))
+        if (record := _compiled(alone, graph, manifest, other)) is None:
+            return manifest
+        seal(other, _with_record(manifest, record))
+        with closing(order.preferred.load(EnginePackage.open(other), alone.profile)) as candidate:
+            ours, theirs = time_engines([engine, candidate], golden.requests[0], seconds=1.0)
+            if theirs * _WORTH_IT > ours:
+                return manifest
+            found = _tried(alone, graph, manifest, golden, record, candidate)
+        for name in (record.file, record.sidecar):
+            (other / name).replace(folder / name)
+        packed = DeviceProfile.model_validate_json((folder / PROFILE).read_bytes()).model_copy(update=single)
+        (folder / PROFILE).write_text(packed.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        return found
 
 
 def _compiled(order: Order, graph: bytes, manifest: Manifest, folder: Path) -> EngineRecord | None:

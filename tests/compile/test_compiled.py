@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from edge_sdk.compile.pipeline import build, build_engine
 from edge_sdk.errors import EngineFailed, EngineUnfit, ModelError, SpecError
 from edge_sdk.package import GOLDEN, EnginePackage, EngineRecord
 from edge_sdk.profiles import DeviceProfile, load_profile
+from edge_sdk.tensors import Array, Outputs
 from tests.compile.graphs import model
 from tests.compile.nets import encoder, sentences
 
@@ -34,9 +37,11 @@ class StandInForAGpu:
     name = "tensorrt"
     compiles = True
 
-    def __init__(self, unfit: str = "", wrong: bool = False) -> None:
+    def __init__(self, unfit: str = "", wrong: bool = False, aux_streams_cost_s: float = 0.0) -> None:
+        """`aux_streams_cost_s` is what TensorRT's own choice of streams costs a run; below 0 what it saves."""
         self._unfit = unfit
         self._wrong = wrong
+        self._aux_streams_cost_s = aux_streams_cost_s
         self.orders: list[EngineOrder] = []
 
     def availability(self) -> Availability:
@@ -59,10 +64,25 @@ class StandInForAGpu:
     def load(self, package: EnginePackage, profile: DeviceProfile) -> Engine:
         if self._unfit:
             raise EngineUnfit(self._unfit, reasons=(self._unfit,))
-        return OnnxRuntimeBackend().load_graph(package.read("engine.plan"), profile)
+        engine = OnnxRuntimeBackend().load_graph(package.read("engine.plan"), profile)
+        single = profile.tensorrt is not None and profile.tensorrt.max_aux_streams == 0
+        return _Slowed(engine, max(0.0, -self._aux_streams_cost_s if single else self._aux_streams_cost_s))
 
     def load_graph(self, graph: bytes, profile: DeviceProfile) -> Engine:
         raise AssertionError("graphs are judged by the backend that runs them here")
+
+
+class _Slowed:
+    """An engine that takes so much longer."""
+
+    def __init__(self, engine: Engine, seconds: float) -> None:
+        self.inputs, self.outputs, self.close = engine.inputs, engine.outputs, engine.close
+        self._engine = engine
+        self._seconds = seconds
+
+    def infer(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> Outputs:
+        time.sleep(self._seconds)
+        return self._engine.infer(feeds, out)
 
 
 def _scaled(graph: bytes) -> bytes:
@@ -104,6 +124,40 @@ def test_an_engine_that_can_run_is_compared_and_timed(
     report = package.read("report.md").decode()
     assert "- Engine: engine.plan by tensorrt" in report
     assert re.search(r"- Engine, measured: [\d.]+ ms", report)
+
+
+@pytest.mark.parametrize(("cost_s", "chosen"), [(0.01, 0), (-0.01, None)])
+def test_auxiliary_streams_are_measured(
+    cost_s: float,
+    chosen: int | None,
+    engine_folder: Path,
+    jetson: DeviceProfile,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Compiled both ways and timed in turns; what is faster is packed, and the profile in the package says so."""
+    stand_in = _installed(monkeypatch, StandInForAGpu(aux_streams_cost_s=cost_s))
+    package = build_engine(engine_folder, profile=jetson)
+    package.verify()
+    packed = package.profile().tensorrt
+    tried = [order.profile.tensorrt and order.profile.tensorrt.max_aux_streams for order in stand_in.orders]
+
+    assert [None, 0] == tried
+    assert packed is not None
+    assert chosen == packed.max_aux_streams
+    engine = package.manifest.backend.engine
+    assert engine is not None
+    assert (engine.latency_ms or 0) < 10
+
+
+def test_a_choice_of_streams_is_not_measured_again(
+    engine_folder: Path, jetson: DeviceProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = _installed(monkeypatch, StandInForAGpu())
+    with (engine_folder / "engine.toml").open("a") as file:
+        file.write("[tensorrt]\nmax_aux_streams = 2\n")
+    build_engine(engine_folder, profile=jetson)
+
+    assert 1 == len(stand_in.orders)
 
 
 def test_an_engine_that_answers_otherwise_is_refused(

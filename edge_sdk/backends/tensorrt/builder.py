@@ -40,8 +40,6 @@ class PlanOrder:
     """By input."""
     timing_cache: Path | None = None
     """Where `tensorrt` keeps what it measured, for the next build. Never used for tensorrt_rtx."""
-    max_aux_streams: int | None = None
-    """Streams beside the main one that the engine may use; None: TensorRT decides."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def _drafted(api: Api, graph: bytes, options: TensorRTOptions) -> Draft:
 def _configured(api: Api, draft: Draft, order: PlanOrder) -> tuple[str, ...]:
     """Notes on what the device does not take."""
     api.set_shapes(draft, order.shapes)
-    api.set_effort(draft, order.options, order.max_aux_streams)
+    api.set_effort(draft, order.options)
     api.set_modes(draft, order.options, order.targets)
     return api.set_dla(draft, order.options.dla_cores) if order.options.dla_cores else ()
 
@@ -110,7 +108,6 @@ def _settings(api: Api, order: PlanOrder) -> dict[str, Setting]:
     return {
         "generation": api.generation,
         "targets": order.targets or ("portable" if order.flavour == "tensorrt_rtx" else "this GPU"),
-        "max_aux_streams": order.max_aux_streams,
         **options,
     }
 

@@ -60,7 +60,6 @@ class Job:
             "options": order.options.model_dump(mode="json"),
             "shapes": {name: asdict(sizes) for name, sizes in order.shapes.items()},
             "timing_cache": str(order.timing_cache) if order.timing_cache is not None else None,
-            "max_aux_streams": order.max_aux_streams,
             "plan": str(self.plan),
             "parent": self.parent,
             "considerate": self.considerate,
@@ -79,7 +78,6 @@ class Job:
                 for name, sizes in data["shapes"].items()
             },
             timing_cache=Path(data["timing_cache"]) if data["timing_cache"] is not None else None,
-            max_aux_streams=data["max_aux_streams"],
         )
         return cls(order, Path(data["plan"]), data["parent"], data["considerate"])
 

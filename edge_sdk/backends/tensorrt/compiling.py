@@ -146,14 +146,14 @@ class Compiling(ABC):
         if any(not sizes.is_fixed for sizes in shapes.values()) and config.add_optimization_profile(profile) < 0:
             raise EngineFailed(f"{self.flavour} does not take the shapes {dict(shapes)}; it says: {self.said}.")
 
-    def set_effort(self, draft: Draft, options: TensorRTOptions, max_aux_streams: int | None) -> None:
+    def set_effort(self, draft: Draft, options: TensorRTOptions) -> None:
         """How long to search, with how much scratch memory, and for how many streams beside the main one."""
         config: IBuilderConfig = draft.config
         config.builder_optimization_level = options.optimization_level
         if options.workspace_bytes is not None:
             config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
-        if max_aux_streams is not None:
-            config.max_aux_streams = max_aux_streams
+        if options.max_aux_streams is not None:
+            config.max_aux_streams = options.max_aux_streams
 
     def set_modes(self, draft: Draft, options: TensorRTOptions, targets: Sequence[str]) -> None:
         """What kind of plan it is to be."""

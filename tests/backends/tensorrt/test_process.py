@@ -204,12 +204,12 @@ orders = st.builds(
         flavour=st.sampled_from(["tensorrt", "tensorrt_rtx"]),
         compute_capabilities=st.just(("8.6",)),
         workspace_bytes=st.none() | st.integers(1, 1 << 40),
+        max_aux_streams=st.none() | st.integers(0, 16),
         build_time_s=st.floats(0.1, 1e9),
         strip_weights=st.booleans(),
     ),
     shapes=st.dictionaries(st.text(), st.builds(ShapeRange, sizes, sizes, sizes)),
     timing_cache=st.none() | st.just(Path("/var/lib/ümlaut")),
-    max_aux_streams=st.none() | st.integers(0, 8),
 )
 
 
