@@ -108,6 +108,8 @@ class BatchingRecord(Record):
     best_batch: int = Field(gt=0)
     """The batch with the most inferences a second when it was built."""
     max_wait_ms: float = 0.0
+    newest_wins: bool = False
+    """As in engine.toml: of each client only the latest request waits."""
 
     @model_validator(mode="after")
     def _best_is_possible(self) -> BatchingRecord:

@@ -90,6 +90,9 @@ class Batching(Table):
     max_batch: int = Field(default=8, gt=0, le=1024)
     max_wait_ms: float = Field(default=0.0, ge=0, le=1000)
     """Hold a batch open for others; 0 takes what waited while the engine was busy."""
+    newest_wins: bool = False
+    """Of each client only the latest request waits, and those it overtakes are answered 429: for a camera's stream,
+    where nobody wants the answer to an old frame."""
 
 
 class Axis(Table):

@@ -488,14 +488,14 @@ def _speed_in_words(order: Order, theirs: Figures, ours: Figures) -> tuple[str, 
 
 def _batching(order: Order, figures: Figures, stackable: bool) -> BatchingRecord:
     """Where nothing was measured the largest batch counts as the best: on the devices that this is about, it is."""
-    batching = order.spec.batching
-    if not stackable:
-        return BatchingRecord(max_batch=1, best_batch=1, max_wait_ms=batching.max_wait_ms)
-    rates = figures.per_second_at_batch
+    batching, rates = order.spec.batching, figures.per_second_at_batch
+    largest = max(rates) if rates else batching.max_batch
+    best = best_batch(rates) if rates else batching.max_batch
     return BatchingRecord(
-        max_batch=max(rates) if rates else batching.max_batch,
-        best_batch=best_batch(rates) if rates else batching.max_batch,
+        max_batch=largest if stackable else 1,
+        best_batch=best if stackable else 1,
         max_wait_ms=batching.max_wait_ms,
+        newest_wins=batching.newest_wins,
     )
 
 

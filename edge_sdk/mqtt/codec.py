@@ -14,7 +14,7 @@ from edge_sdk.errors import Malformed, RequestError, TooLarge, UnsupportedType
 from edge_sdk.mqtt.session import ReplyRoute
 from edge_sdk.mqtt.topics import MAX_RESPONSE_TOPIC_BYTES, InferTopic, Topics
 from edge_sdk.mqtt.transports.base import Message, Properties, Received
-from edge_sdk.runtime.messages import Answer, Request
+from edge_sdk.runtime.messages import DEFAULT_PRIORITY, Answer, Request
 from edge_sdk.tasks.base import JSON, Body, Payload
 from edge_sdk.tasks.oip import dump_json
 
@@ -70,6 +70,8 @@ class Codec:
             ),
             received=now,
             deadline=now + timeout_s,
+            client=address.client or self.topics.client_of(properties.response_topic),
+            priority=_priority(properties.user_value("priority")),
         )
 
     def message(self, answer: Answer, route: ReplyRoute, remaining_s: float) -> Message:
@@ -139,6 +141,16 @@ def _media_type(text: str | None) -> str | None:
         if name.strip() == "charset" and value.strip().strip('"') not in ("utf-8", "utf8", "us-ascii"):
             raise UnsupportedType(f"The charset {value.strip()[:40]!r} is not taken; send UTF-8.")
     return media_type.strip()
+
+
+def _priority(text: str | None) -> int:
+    if text is None:
+        return DEFAULT_PRIORITY
+    if not (text.isascii() and text.isdigit() and len(text) == 1):
+        raise Malformed(
+            f"`priority` is {text[:40]!r}; it is a digit from 0 to 9, {DEFAULT_PRIORITY} where it is missing."
+        )
+    return int(text)
 
 
 def _header_length(text: str | None) -> int | None:

@@ -122,6 +122,12 @@ class Topics:
         """The filter under which a client of MQTT 3.1.1 reads its answers."""
         return f"{self.root}/{self.device}/models/+/result/{_client(client)}/+"
 
+    def client_of(self, response_topic: str | None) -> str:
+        """Who is answered on that topic: the level behind `{root}/reply/`, the whole topic elsewhere."""
+        topic = response_topic or ""
+        mine = topic.removeprefix(f"{self.root}/reply/")
+        return topic if mine is topic else mine.partition("/")[0]
+
     def result_id(self, topic: str) -> str | None:
         """`client/number` of the request that is answered on `topic`, or None if the topic does not tell."""
         _, found, tail = topic.removeprefix(f"{self.root}/{self.device}/models/").partition("/result/")

@@ -4,19 +4,32 @@ A batch is whatever waited while the engine was busy. Nothing is held back in th
 says so: on a message transport an artificial delay is paid by every lone request, and a busy engine gathers a batch by
 itself. Requests wait undecoded, so the queue costs the bytes that came and a decoder runs only for work that is done.
 
-    planner.offer(request, now)         # QueueFull if it may not wait here
+    planner.offer(request, now)         # QueueFull if it may not wait here; answers to those it displaced
     plan = planner.take(now)            # a batch, and those that expired while they waited
     planner.wake_at(now)                # when to ask again; None: only when something is offered
+
+Who comes first: the higher priority, and a request gains one level for each second it has waited, so nothing waits for
+ever behind a stream of urgent ones. Among equals the clients take turns, so one that sends a thousand requests delays
+another's only one by a single place. Each client's own requests of one priority keep their order.
+
+Who may wait: anybody while there is room. In a full queue whoever holds the most of it gives up its newest request to
+one that holds less, and only the one that holds the most is told to come back later.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from edge_sdk.errors import QueueFull
-from edge_sdk.runtime.messages import Request
+from edge_sdk.runtime.messages import Answer, Request
+
+_SECONDS_A_LEVEL = 1.0
+"""How long a request waits for one more level of priority: from the lowest to the highest is within most deadlines."""
+
+_Flow = tuple[str, int]
+"""Client and priority: requests among which the order of arrival is kept."""
 
 
 @dataclass(frozen=True)
@@ -42,55 +55,60 @@ class BatchPlanner:
     batch: int
     max_wait_s: float = 0.0
     limits: QueueLimits = QueueLimits()
-    _waiting: deque[Request] = field(default_factory=deque)
-    _bytes: int = 0
+    newest_wins: bool = False
+    """Of each client only the latest request waits: for streams, where an answer to an old frame helps nobody."""
+    _flows: OrderedDict[_Flow, deque[Request]] = field(default_factory=OrderedDict)
+    """The one that was served longest ago first; none is empty."""
+    _requests: Counter[str] = field(default_factory=Counter)
+    _bytes: Counter[str] = field(default_factory=Counter)
+    """By client, and only those that have any."""
+    _waiting: int = 0
+    _waiting_bytes: int = 0
     _seconds_per_request: float = 0.01
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return self._waiting
 
-    def offer(self, request: Request, now: float) -> None:
-        """Queue `request`; QueueFull, with an honest moment to come back, if the queue is at a limit."""
-        size = len(request.payload.data)
-        if len(self._waiting) >= self.limits.max_requests or self._bytes + size > self.limits.max_bytes:
-            raise QueueFull(
-                f"The model {request.model} has {len(self._waiting)} requests waiting.",
-                fix="Try again later.",
-                retry_after_ms=self.backlog_ms(),
-            )
-        self._waiting.append(request)
-        self._bytes += size
+    def offer(self, request: Request, now: float) -> list[Answer]:
+        """Queue `request`; the answers to those that had to leave for it.
+
+        Raises QueueFull, with an honest moment to come back, if the queue is full and its client holds the most of it.
+        """
+        superseded = self._of_client(request.client) if self.newest_wins else []
+        victims = self._in_the_way(request, superseded)  # before anybody has to leave: it may be refused
+        displaced = [Answer(older.ticket, _superseded(older)) for older in self._leave(superseded)]
+        displaced += [Answer(victim.ticket, self._full(victim)) for victim in self._leave(victims)]
+        flow = (request.client, request.priority)
+        if (waiting := self._flows.get(flow)) is None:
+            waiting = self._flows[flow] = deque()
+        waiting.append(request)
+        self._count(request, 1)
+        return displaced
 
     def take(self, now: float) -> Plan:
-        """The next batch, oldest first; empty while it is worth waiting for company."""
+        """The next batch, the most deserving first; empty while it is worth waiting for company."""
         if (wake_at := self.wake_at(now)) is None or wake_at > now:
             return Plan()
         batch: list[Request] = []
         expired: list[Request] = []
-        while self._waiting and len(batch) < self.batch:
-            request = self._waiting.popleft()
-            self._bytes -= len(request.payload.data)
+        while self._flows and len(batch) < self.batch:
+            request = self._next(now)
             (batch if request.deadline > now else expired).append(request)
         return Plan(tuple(batch), tuple(expired))
 
     def expire(self, now: float) -> Plan:
         """Only those that passed their deadline, while nothing can be computed."""
-        expired = tuple(request for request in self._waiting if request.deadline <= now)
-        if expired:
-            kept = [request for request in self._waiting if request.deadline > now]
-            self.clear()
-            self._waiting.extend(kept)
-            self._bytes = sum(len(request.payload.data) for request in kept)
-        return Plan((), expired)
+        late = [request for waiting in self._flows.values() for request in waiting if request.deadline <= now]
+        return Plan((), tuple(self._leave(late)))
 
     def wake_at(self, now: float) -> float | None:
         """When `take` will give something; None while nothing waits."""
         if not self._waiting:
             return None
-        if len(self._waiting) >= self.batch:
+        if self._waiting >= self.batch or not self.max_wait_s:
             return now
-        oldest = self._waiting[0]
-        return max(now, min(oldest.received + self.max_wait_s, oldest.deadline))
+        heads = [waiting[0] for waiting in self._flows.values()]
+        return max(now, min(min(head.received + self.max_wait_s, head.deadline) for head in heads))
 
     def computed(self, requests: int, seconds: float) -> None:
         """Learn how long requests take, for `backlog_ms`."""
@@ -98,14 +116,93 @@ class BatchPlanner:
 
     def backlog_ms(self) -> int:
         """How long what waits now will take."""
-        return max(1, round(len(self._waiting) * self._seconds_per_request * 1000))
+        return max(1, round(self._waiting * self._seconds_per_request * 1000))
 
     def clear(self) -> tuple[Request, ...]:
         """Take everything that waits, for a model that goes away."""
-        waiting = tuple(self._waiting)
-        self._waiting.clear()
-        self._bytes = 0
-        return waiting
+        everything = [request for waiting in self._flows.values() for request in waiting]
+        return tuple(sorted(self._leave(everything), key=lambda request: request.received))
+
+    def _next(self, now: float) -> Request:
+        """Take out the request whose turn it is; its flow goes behind the others."""
+        flow = next(iter(self._flows))
+        if len(self._flows) > 1:
+            flow = max(self._flows, key=lambda one: one[1] + (now - self._flows[one][0].received) // _SECONDS_A_LEVEL)
+        waiting = self._flows[flow]
+        request = waiting.popleft()
+        if waiting:
+            self._flows.move_to_end(flow)
+        else:
+            del self._flows[flow]
+        self._count(request, -1)
+        return request
+
+    def _in_the_way(self, request: Request, leaving: Sequence[Request]) -> list[Request]:
+        """Who has to leave for `request`, beside those that are `leaving` anyway; QueueFull if it holds the most."""
+        size = len(request.payload.data)
+        count = self._waiting - len(leaving)
+        total = self._waiting_bytes - sum(len(each.payload.data) for each in leaving)
+        victims: list[Request] = []
+        if count < self.limits.max_requests and total + size <= self.limits.max_bytes:
+            return victims
+        requests, sizes = Counter(self._requests), Counter(self._bytes)
+        for each in leaving:
+            requests[each.client] -= 1
+            sizes[each.client] -= len(each.payload.data)
+        staying: dict[str, list[Request]] = {}
+        while (many := count >= self.limits.max_requests) or total + size > self.limits.max_bytes:
+            held, mine = (requests, 1) if many else (sizes, size)
+            largest = max(held, key=held.__getitem__, default=request.client)
+            if held[largest] <= held[request.client] + mine:
+                raise self._full(request)
+            victim = staying.setdefault(largest, self._of_client(largest)).pop()
+            victims.append(victim)
+            count -= 1
+            total -= len(victim.payload.data)
+            requests[largest] -= 1
+            sizes[largest] -= len(victim.payload.data)
+        return victims
+
+    def _of_client(self, client: str) -> list[Request]:
+        """What waits of one client; the one it can do without soonest (lowest priority, newest) last."""
+        priorities = sorted((priority for owner, priority in self._flows if owner == client), reverse=True)
+        return [request for priority in priorities for request in self._flows[client, priority]]
+
+    def _leave(self, requests: Sequence[Request]) -> Sequence[Request]:
+        """Take `requests` out, wherever they wait."""
+        leaving = {id(request) for request in requests}
+        for flow in {(request.client, request.priority) for request in requests}:
+            kept = deque(request for request in self._flows[flow] if id(request) not in leaving)
+            if kept:
+                self._flows[flow] = kept
+            else:
+                del self._flows[flow]
+        for request in requests:
+            self._count(request, -1)
+        return requests
+
+    def _count(self, request: Request, change: int) -> None:
+        size = len(request.payload.data)
+        self._waiting += change
+        self._waiting_bytes += change * size
+        self._requests[request.client] += change
+        self._bytes[request.client] += change * size
+        if not self._requests[request.client]:
+            del self._requests[request.client], self._bytes[request.client]
+
+    def _full(self, request: Request) -> QueueFull:
+        return QueueFull(
+            f"The model {request.model} has {self._waiting} requests waiting.",
+            fix="Try again later.",
+            retry_after_ms=self.backlog_ms(),
+        )
+
+
+def _superseded(request: Request) -> QueueFull:
+    return QueueFull(
+        f"A newer request of the same client took this one's place: {request.model} keeps only the newest.",
+        retryable=False,
+    )
 
 
 def pack(rows: Sequence[int], max_rows: int) -> list[list[int]]:

@@ -11,6 +11,9 @@ from typing import Union
 from edge_sdk.errors import RequestError
 from edge_sdk.tasks.base import Body, Payload
 
+DEFAULT_PRIORITY = 4
+"""As in JMS, whose ten levels other brokers have taken over."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -23,6 +26,10 @@ class Request:
     deadline: float
     version: str | None = None
     """None: the newest that is ready."""
+    client: str = ""
+    """Who asked, as far as that can be told: clients take turns."""
+    priority: int = DEFAULT_PRIORITY
+    """0 to 9; the higher comes first."""
 
     def __repr__(self) -> str:
         return f"<Request {self.ticket} for {self.model}, {len(self.payload.data)} bytes>"

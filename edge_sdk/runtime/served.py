@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from edge_sdk.errors import DeadlineExceeded, DeviceLost, RequestError, Unavailable
@@ -112,9 +113,11 @@ class ServedModel:
         with self._changed:
             if self._worker is None and (self.state != "LOADING" or self._retired):
                 raise self._unavailable()
-            self._planner.offer(request, self._clock())
+            displaced = self._planner.offer(request, self._clock())
             if self._thread is not None and not self.quick:
                 self._changed.notify()
+        for answer in displaced:
+            self._finish(replace(answer, model_version=self.version))
 
     def put_in_service(self, worker: Worker, *, quick: bool, reason: str = "") -> None:
         """Let `worker` compute from the next batch on. `reason` is why it is not as good as it might be."""
@@ -125,6 +128,7 @@ class ServedModel:
                 batching = worker.package.manifest.batching
                 self._planner.batch = batching.best_batch
                 self._planner.max_wait_s = batching.max_wait_ms / 1000
+                self._planner.newest_wins = batching.newest_wins
                 self.quick = quick
                 self.state, self.reason, self.progress_percent = "READY", reason, None
                 if not quick and self._thread is None:

@@ -11,12 +11,28 @@ from hypothesis import strategies as st
 
 from edge_sdk.errors import QueueFull
 from edge_sdk.runtime.batching import BatchPlanner, Plan, QueueLimits, pack
-from edge_sdk.runtime.messages import Request
+from edge_sdk.runtime.messages import DEFAULT_PRIORITY, Request
 from edge_sdk.tasks.base import Payload
 
 
-def request(ticket: int, *, received: float = 0.0, deadline: float = 100.0, size: int = 1) -> Request:
-    return Request(ticket, "m", Payload(bytes(size)), received, deadline)
+def request(
+    ticket: int,
+    *,
+    received: float = 0.0,
+    deadline: float = 100.0,
+    size: int = 1,
+    client: str = "",
+    priority: int = DEFAULT_PRIORITY,
+) -> Request:
+    return Request(ticket, "m", Payload(bytes(size)), received, deadline, client=client, priority=priority)
+
+
+def order_of(planner: BatchPlanner, now: float = 0.0) -> list[int]:
+    """The tickets as they would be computed one by one."""
+    tickets = []
+    while plan := planner.take(now).batch:
+        tickets += [each.ticket for each in plan]
+    return tickets
 
 
 @given(
@@ -120,6 +136,115 @@ def test_a_full_queue_says_when_to_come_back(limits: QueueLimits) -> None:
     planner.offer(request(4, size=5), 0.0)
     assert [2, 4] == [each.ticket for each in planner.clear()]
     assert (0, 1) == (len(planner), planner.backlog_ms())
+
+
+def test_clients_take_turns() -> None:
+    """One with a thousand requests delays another's only one by a single place; each one's own keep their order."""
+    planner = BatchPlanner(batch=1, limits=QueueLimits(max_requests=2000))
+    for ticket in range(1000):
+        planner.offer(request(ticket, client="busy"), 0.0)
+    planner.offer(request(1000, client="a"), 0.0)
+    planner.offer(request(1001, client="b"), 0.0)
+    order = order_of(planner)
+
+    assert [0, 1000, 1001, 1] == order[:4]
+    assert list(range(1000)) == [ticket for ticket in order if ticket < 1000]
+
+
+def test_the_higher_priority_comes_first() -> None:
+    planner = BatchPlanner(batch=1)
+    for ticket, priority in enumerate((4, 0, 9, 4)):
+        planner.offer(request(ticket, priority=priority), 0.0)
+
+    assert [2, 0, 3, 1] == order_of(planner)
+
+
+def test_nothing_waits_for_ever_behind_urgent_requests() -> None:
+    """Each second of waiting is worth one level: after nine, the least urgent request is as urgent as any new one."""
+    planner = BatchPlanner(batch=1)
+    planner.offer(request(0, priority=0), 0.0)
+    taken = []
+    for second in range(12):
+        planner.offer(request(100 + second, received=float(second), priority=9, client="urgent"), float(second))
+        taken += [each.ticket for each in planner.take(float(second)).batch]
+
+    assert [100 + second for second in range(9)] == taken[:9]
+    assert 0 in taken[9:11]
+
+
+def test_who_holds_the_most_of_a_full_queue_makes_room() -> None:
+    """Its newest and least urgent request is answered 429; only whoever holds the most is refused."""
+    planner = BatchPlanner(batch=1, limits=QueueLimits(max_requests=4))
+    for ticket, priority in enumerate((4, 4, 1, 4)):
+        planner.offer(request(ticket, client="greedy", priority=priority), 0.0)
+    (displaced,) = planner.offer(request(10, client="modest"), 0.0)
+
+    assert (2, 429) == (displaced.ticket, displaced.status)
+    with pytest.raises(QueueFull):
+        planner.offer(request(4, client="greedy"), 0.0)
+    assert [3] == [answer.ticket for answer in planner.offer(request(11, client="modest"), 0.0)]
+    with pytest.raises(QueueFull):  # now both hold two
+        planner.offer(request(12, client="modest"), 0.0)
+    assert {0, 1, 10, 11} == {each.ticket for each in planner.clear()}
+
+
+def test_room_in_bytes_is_shared_too() -> None:
+    planner = BatchPlanner(batch=1, limits=QueueLimits(max_bytes=100))
+    for ticket in range(9):
+        planner.offer(request(ticket, client="greedy", size=10), 0.0)
+    displaced = planner.offer(request(10, client="modest", size=30), 0.0)
+
+    assert [8, 7] == [answer.ticket for answer in displaced]
+    with pytest.raises(QueueFull):
+        planner.offer(request(11, client="modest", size=60), 0.0)
+    with pytest.raises(QueueFull):
+        planner.offer(request(12, client="huge", size=101), 0.0)
+
+
+def test_the_newest_wins_where_that_is_wanted() -> None:
+    """Of each client one request waits; those it overtook are told, and not asked to come again."""
+    planner = BatchPlanner(batch=4, newest_wins=True)
+    assert [] == planner.offer(request(1, client="camera"), 0.0)
+    assert [] == planner.offer(request(2, client="other"), 0.0)
+    (overtaken,) = planner.offer(request(3, client="camera", priority=9), 0.0)
+
+    assert (1, 429) == (overtaken.ticket, overtaken.status)
+    assert isinstance(overtaken.result, QueueFull)
+    assert not overtaken.result.retryable
+    assert {2, 3} == {each.ticket for each in planner.take(0.0).batch}
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 9), st.integers(1, 40), st.integers(0, 3)), max_size=40),
+    st.booleans(),
+)
+def test_nothing_is_lost_and_no_bound_broken(offers: list[tuple[str, int, int, int]], newest_wins: bool) -> None:
+    """Every request is refused, displaced, expired or computed, exactly once; the queue stays within its limits, and
+    among a client's requests of one priority the order is kept."""
+    planner = BatchPlanner(batch=3, limits=QueueLimits(max_requests=6, max_bytes=100), newest_wins=newest_wins)
+    ended: list[int] = []
+    computed: list[Request] = []
+    for ticket, (client, priority, size, patience) in enumerate(offers):
+        now = float(ticket) / 4
+        one = request(ticket, received=now, deadline=now + patience, size=size, client=client, priority=priority)
+        try:
+            ended += [answer.ticket for answer in planner.offer(one, now)]
+        except QueueFull:
+            ended.append(ticket)
+        assert len(planner) <= 6
+        if ticket % 5 == 4:
+            plan = planner.take(now)
+            computed += plan.batch
+            ended += [each.ticket for each in (*plan.batch, *plan.expired)]
+        if ticket % 7 == 6:
+            ended += [each.ticket for each in planner.expire(now).expired]
+    ended += [each.ticket for each in planner.clear()]
+
+    assert list(range(len(offers))) == sorted(ended)
+    assert (0, None) == (len(planner), planner.wake_at(0.0))
+    for flow in {(each.client, each.priority) for each in computed}:
+        tickets = [each.ticket for each in computed if (each.client, each.priority) == flow]
+        assert sorted(tickets) == tickets
 
 
 @given(st.lists(st.integers(0, 6), max_size=20), st.integers(1, 5))
