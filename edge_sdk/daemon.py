@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from edge_sdk.backends.registry import usable_profile
 from edge_sdk.errors import (
@@ -46,7 +46,7 @@ from edge_sdk.mqtt import presence
 from edge_sdk.mqtt.address import connect_options
 from edge_sdk.mqtt.codec import Codec
 from edge_sdk.mqtt.reconnection import Reconnection
-from edge_sdk.mqtt.session import Acknowledge, Publish, ReplyRoute, Session
+from edge_sdk.mqtt.session import Acknowledge, Publish, Record, ReplyRoute, Session
 from edge_sdk.mqtt.topics import Topics
 from edge_sdk.mqtt.transports.base import (
     FAILURE,
@@ -75,11 +75,17 @@ from edge_sdk.settings import Settings
 from edge_sdk.tasks.base import JSON
 from edge_sdk.tasks.oip import dump_json
 
+if TYPE_CHECKING:  # what few daemons use is loaded by those that do
+    from edge_sdk.health import Health
+    from edge_sdk.mqtt.journal import Journal
+
 log = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_S = 5.0
 WILL_DELAY_S = 10
 IDLE_POLL_S = 1.0
+HEALTH_PATIENCE_S = 15.0
+"""/healthz says that the daemon stands still when its loop was silent for so long; it turns once a second at least."""
 HARD_STOP_S = 5.0
 """Beyond `drain_s`: a stop that has not ended by then is ended."""
 MAX_UNSENT = 4096
@@ -103,18 +109,23 @@ class Daemon:
         self._reread = reread
         self._notifier = notifier or Notifier()
         self._topics = Topics(settings.root, settings.device)
+        self._qos: Literal[0, 1] = 0 if settings.delivery == "fast" else 1
         self._codec = Codec(
             self._topics,
             boot_id=secrets.token_hex(8),
             max_payload_bytes=settings.limits.max_payload_bytes,
             timeout_s=settings.limits.request_timeout_s,
             reply_prefixes=settings.reply_prefixes,
+            qos=self._qos,
         )
         self._reconnection = Reconnection(settings.broker.protocol)
         self._session = Session(
             packet_size=lambda message: publish_size(message, self._reconnection.version),
             too_large=self._codec.too_large,
+            durable=settings.delivery == "durable",
         )
+        self._journal = _opened_journal(settings, self._session)
+        self._health = _opened_health(settings)
         machine = Machine.read()
         self._profile = _preferred_profile(settings, machine)
         self._service = Service(
@@ -124,6 +135,7 @@ class Daemon:
             machine=machine,
             profile=self._profile,
             limits=QueueLimits(settings.limits.max_queue, settings.limits.max_queue_bytes),
+            newest_wins=settings.delivery == "fast",
             inline_ms=settings.serving.inline_ms,
             on_lost=_end_lost,
             store=settings.engine_cache,
@@ -142,6 +154,8 @@ class Daemon:
         self._awake_until = 0.0
         self._busy_poll_s = settings.serving.busy_poll_us / 1e6
         self._unroutable_told_at = -math.inf
+        self._unpublished_told_at = -math.inf
+        self._why_not_connected = ""
         self._watchdog_s = watchdog_interval_s()
         self._ready = False
         self._may_retain = True
@@ -271,17 +285,32 @@ class Daemon:
     def _perform(self) -> None:
         for action in self._session.due():
             match action:
+                case Record():
+                    if self._journal is not None:
+                        self._journal.write(action, time.monotonic(), time.time())
                 case Publish():
-                    self._session.published(action, self._publish(action.message))
+                    handle = self._publish(action.message)
+                    if handle is None:
+                        self._session.unsendable(action)
+                    else:
+                        self._session.published(action, handle)
                 case Acknowledge():
                     self._transport.acknowledge(action.received)
 
-    def _publish(self, message: Message) -> int:
-        try:
-            return self._transport.publish(message)
-        except TooLarge as exc:
-            log.error("%s was not published: %s", message.topic, exc)
-            return self._transport.publish(Message(message.topic, b"", retain=message.retain))
+    def _publish(self, message: Message) -> int | None:
+        """The handle; None where the broker takes nothing of the kind, not even without a payload."""
+        empty = Message(message.topic, b"", qos=message.qos, retain=message.retain)
+        for candidate in (message, empty):
+            try:
+                return self._transport.publish(candidate)
+            except TooLarge as exc:
+                self._tell_unpublished(message.topic, exc)
+        return None
+
+    def _tell_unpublished(self, topic: str, exc: TooLarge) -> None:
+        if (now := time.monotonic()) - self._unpublished_told_at >= 60:
+            self._unpublished_told_at = now
+            log.error("%s was not published: %s", topic, exc)
 
     # The connection
 
@@ -314,9 +343,11 @@ class Daemon:
     def _on_connected(self, event: Connected) -> None:
         self._reconnection.connected(time.monotonic())
         log.info("Connected to %s, MQTT %s.", self._settings.broker.url, self._reconnection.version_name)
-        self._session.connected(event.limits)
+        self._session.connected(event.limits, remembered=event.session_present)
+        self._why_not_connected = ""
+        self._notifier.status(self._status())
         self._may_retain = event.limits.retain_available
-        self._transport.subscribe(self._topics.subscriptions(), retained=False)
+        self._transport.subscribe(self._topics.subscriptions(), qos=self._qos, retained=False)
         self._announced.clear()
         self._changed = True
 
@@ -337,13 +368,16 @@ class Daemon:
         reason = f"the connection was lost: {event.reason}"
         if event.code == SESSION_TAKEN_OVER:
             reason = f"another client uses the id edge-sdk-{self._settings.device}; give each daemon its own `device`"
+        elif self._reconnection.may_have_a_rival:
+            reason += f" (again and again: does another client use the id edge-sdk-{self._settings.device}?)"
         if pause_s := self._reconnection.closed(event.code, time.monotonic()):
             self._tell(reason, pause_s)
 
     def _tell(self, why: str, pause_s: float) -> None:
         """Say why there is no connection: to the log, and to whoever asks systemd."""
         log.warning("%s; trying again in %.1f s.", why[0].upper() + why[1:], pause_s)
-        self._notifier.status(f"Not connected: {why}")
+        self._why_not_connected = why
+        self._notifier.status(self._status())
 
     # What is known about us
 
@@ -389,14 +423,15 @@ class Daemon:
             self._look_at = now + 1.0
             self._give_up_late(now)
             self._finish_answers()
+            if self._health is not None:
+                self._health.update(self._stats(now), ready=self._is_ready())
         if now >= self._stats_at:
             self._stats_at = now + self._settings.stats_interval_s
             if self._reconnection.is_connected:
-                stats = self._stats(now)
                 self._publish(
                     Message(
                         self._topics.stats,
-                        stats,
+                        dump_json(self._stats(now)),
                         qos=0,
                         properties=Properties(content_type=JSON),
                     )
@@ -406,22 +441,28 @@ class Daemon:
             self._alive_at = now + self._watchdog_s / 2
             self._notifier.alive()
 
-    def _stats(self, now: float) -> bytes:
+    def _stats(self, now: float) -> dict[str, Any]:
         mqtt = {**asdict(self._session.counts), "unroutable": self._unroutable, "dropped": self._dropped}
-        return dump_json(
-            {
-                "uptime_s": round(now - self._started, 1),
-                **self._service.snapshot(),
-                "mqtt": {**mqtt, "unsent": self._session.unsent},
-                "memory_bytes": _resident_bytes(),
-            }
-        )
+        journal = {"journal": self._journal.problem or "ok"} if self._journal is not None else {}
+        return {
+            "uptime_s": round(now - self._started, 1),
+            **self._service.snapshot(),
+            "mqtt": {**mqtt, "unsent": self._session.unsent},
+            **journal,
+            "memory_bytes": _resident_bytes(),
+        }
+
+    def _is_ready(self) -> bool:
+        """Whether requests come in, and some model answers them."""
+        return self._reconnection.is_connected and any(model.answers for model in self._service.models())
 
     def _status(self) -> str:
         models = self._service.models()
         ready = sum(model.answers for model in models)
-        connected = "connected" if self._reconnection.is_connected else "not connected"
-        return f"{ready} of {len(models)} models ready, {connected}"
+        are_ready = f"{ready} of {len(models)} models ready"
+        if self._why_not_connected:
+            return f"Not connected: {self._why_not_connected} ({are_ready})"
+        return f"{are_ready}, {'connected' if self._reconnection.is_connected else 'not connected'}"
 
     def _pause_s(self, now: float) -> float:
         """How long the next poll may wait for something to happen."""
@@ -474,6 +515,10 @@ class Daemon:
         left = self._service.waiting()
         self._service.stop(limit_s=2.0)
         hard_stop.cancel()
+        if self._journal is not None:
+            self._journal.close()
+        if self._health is not None:
+            self._health.close()
         log.info("Stopped%s.", f"; {left} requests were handed back to the broker" if left else "")
         return 0
 
@@ -518,6 +563,27 @@ class _Signals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
+
+
+def _opened_journal(settings: Settings, session: Session) -> Journal | None:
+    """The journal of `durable` delivery, with what it holds handed to the session; SettingsError."""
+    if (file := settings.journal()) is None:
+        return None
+    from edge_sdk.mqtt.journal import Journal
+
+    journal = Journal(file)
+    now = time.monotonic()
+    session.restore(journal.load(now, time.time()), now)
+    return journal
+
+
+def _opened_health(settings: Settings) -> Health | None:
+    """What answers `health`; SettingsError if its port is taken."""
+    if (address := settings.health_address()) is None:
+        return None
+    from edge_sdk.health import Health
+
+    return Health(address, max_silence_s=HEALTH_PATIENCE_S)
 
 
 def _preferred_profile(settings: Settings, machine: Machine) -> DeviceProfile | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import ipaddress
 import os
 import re
 import socket
@@ -25,6 +26,7 @@ from edge_sdk.mqtt.topics import DEFAULT_ROOT, Topics
 from edge_sdk.toml import Table, parse, read_toml
 
 PREFIX = "EDGE_SDK_"
+JOURNAL = "answers.db"
 CREDENTIAL = "broker-password"
 """The name of systemd's credential, as in `LoadCredential=broker-password:/etc/edge-sdk/broker-password`."""
 
@@ -99,6 +101,13 @@ class Settings(Table):
     """This device's name in topics. The default is made from /etc/machine-id, so that no two devices share one."""
     root: str = DEFAULT_ROOT
     engines: Path = Path("engines")
+    delivery: Literal["at-least-once", "durable", "fast"] = "at-least-once"
+    """`durable` writes answers down before they go out, so that the next daemon knows them. `fast` is QoS 0 both ways,
+    and of each client only the newest request waits: for streams."""
+    state: Path | None = None
+    """Where `durable` keeps its journal; None: systemd's StateDirectory."""
+    health: str | None = None
+    """Loopback address and port of /metrics, /healthz and /readyz, as `127.0.0.1:9464`; None: nothing listens."""
     engine_cache: Path | None = None
     """The folder for engines that are built here; None: the cache folder of the service or of the user."""
     reply_prefixes: tuple[str, ...] = ()
@@ -117,6 +126,28 @@ class Settings(Table):
             if not prefix.strip("/") or not prefix.endswith("/") or prefix.startswith(("/", "$")):
                 raise ValueError(f"{prefix!r} is not a topic prefix; write it like `answers/`, with a slash at its end")
         return prefixes
+
+    @field_validator("health")
+    @classmethod
+    def _on_loopback(cls, health: str | None) -> str | None:
+        if health is not None:
+            _address(health)
+        return health
+
+    def health_address(self) -> tuple[str, int] | None:
+        return _address(self.health) if self.health is not None else None
+
+    def journal(self) -> Path | None:
+        """The file of `durable` delivery; None where there is none. SettingsError if nobody says where it belongs."""
+        if self.delivery != "durable":
+            return None
+        folder = self.state or os.environ.get("STATE_DIRECTORY")
+        if not folder:
+            raise SettingsError(
+                "`delivery` is durable, and there is no folder for the journal.",
+                fix="Name one with `state` or EDGE_SDK_STATE.",
+            )
+        return Path(folder) / JOURNAL
 
     @model_validator(mode="after")
     def _nameable(self) -> Settings:
@@ -138,6 +169,18 @@ class Settings(Table):
             return SecretStr(file.read_text(encoding="utf-8").split("\n", 1)[0].rstrip("\r"))
         except (OSError, UnicodeDecodeError) as exc:
             raise SettingsError(f"The broker's password file {file} cannot be read: {exc}.") from exc
+
+
+def _address(text: str) -> tuple[str, int]:
+    """Host and port; ValueError unless the host is a loopback address."""
+    host, _, port = text.rpartition(":")
+    host = host.strip("[]")
+    try:
+        if not ipaddress.ip_address(host).is_loopback or not 0 <= int(port) <= 65535:
+            raise ValueError
+    except ValueError as exc:
+        raise ValueError(f"{text!r} is no loopback address with a port, as 127.0.0.1:9464 is") from exc
+    return host, int(port)
 
 
 def load_settings(

@@ -161,11 +161,12 @@ def preferred_version(package: EnginePackage, *, store: Path | None = None) -> s
 
 
 def discard(package: EnginePackage, *, store: Path | None = None) -> None:
-    """Take out of `store` what was compiled from the package's graph: it was found to answer otherwise."""
+    """Take out of `store` what was compiled from the package's graph: it was found to answer otherwise, or nobody has
+    found that it does not. The package's files are not looked at: another build may have replaced them."""
     from edge_sdk.backends.tensorrt.store import EngineStore
 
     kept = EngineStore(store)
-    for entry in kept.engines(EngineOrder.of(package, here=True).graph_sha256):
+    for entry in kept.engines(package.manifest.files[GRAPH].sha256):
         kept.drop(entry)
 
 

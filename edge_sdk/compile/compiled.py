@@ -16,7 +16,7 @@ from edge_sdk.backends.base import Engine, EngineOrder
 from edge_sdk.compile.golden import Golden
 from edge_sdk.compile.order import Order
 from edge_sdk.compile.verify import best_batch, throughput, time_engines
-from edge_sdk.errors import BackendUnavailable, EngineFailed, EngineUnfit, OutOfMemory
+from edge_sdk.errors import BackendError, BackendUnavailable, DeviceLost, EngineFailed, EngineUnfit, OutOfMemory
 from edge_sdk.package import PROFILE, EnginePackage, EngineRecord, Manifest, seal
 from edge_sdk.profiles import DeviceProfile, Precision
 from edge_sdk.tensors import signal_to_noise_db
@@ -46,7 +46,13 @@ def with_engine(order: Order, graph: bytes, manifest: Manifest, golden: Golden, 
         return _untried(manifest, record, exc.problem)
     with closing(engine):
         manifest = _tried(order, graph, manifest, golden, record, engine)
-        return _in_one_stream(order, graph, manifest, golden, folder, engine)
+        try:
+            return _in_one_stream(order, graph, manifest, golden, folder, engine)
+        except DeviceLost:
+            raise
+        except (BackendError, OutOfMemory) as exc:
+            note = f"Whether it is faster without auxiliary streams could not be measured: {exc.problem}"
+            return _noted_in(manifest, note)
 
 
 def _in_one_stream(
@@ -55,7 +61,8 @@ def _in_one_stream(
     """The engine compiled without auxiliary streams in the place of `engine`, if it is faster.
 
     TensorRT guesses whether a network gains by computing on several streams at once; events between them cost a small
-    one more. It is compiled a second time for that, unless the options have the answer.
+    one more. It is compiled a second time for that, unless the options have the answer. Raises as `with_engine` does,
+    and leaves everything as it was.
     """
     options = order.profile.tensorrt
     if options is None or options.max_aux_streams is not None or not golden.requests:
@@ -131,6 +138,11 @@ def _closeness(order: Order, graph: bytes, manifest: Manifest, golden: Golden, e
 
 def _noted(record: EngineRecord, note: str) -> EngineRecord:
     return record.model_copy(update={"notes": (*record.notes, note)})
+
+
+def _noted_in(manifest: Manifest, note: str) -> Manifest:
+    engine = manifest.backend.engine
+    return manifest if engine is None else _with_record(manifest, _noted(engine, note))
 
 
 def _with_record(manifest: Manifest, record: EngineRecord) -> Manifest:

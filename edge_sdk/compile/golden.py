@@ -24,6 +24,8 @@ from edge_sdk.spec import Axis, EngineSpec, Preprocess
 from edge_sdk.tensors import Array, Feeds, TensorSpec, numpy_dtype
 
 _REQUESTS = 4
+_LOOKED_AT = 8
+"""Times as many samples are looked at where some may be of the wrong size."""
 _ENOUGH_BYTES = 1 << 20
 """Of the file, unless a single request is larger than that."""
 _SEED = 20
@@ -54,7 +56,7 @@ class Golden:
 def golden_requests(order: Order, ingredients: Ingredients, reference: Engine) -> Golden:
     """The package's golden requests: few, about 1 MB at most, and all such that the reference answers them."""
     if ingredients.judging is not None:
-        return _of_samples(ingredients.judging, reference)
+        return _of_samples(ingredients.judging, order.spec.axes, reference)
     specs = ingredients.summary.inputs
     shapes = {spec.name: _shape(spec, order.spec.axes) for spec in specs}
     if unknown := [spec for spec in specs if shapes[spec.name] is None]:
@@ -74,14 +76,27 @@ def golden_requests(order: Order, ingredients: Ingredients, reference: Engine) -
     return Golden(chosen, f"{_counted(chosen, 'random request')} from a fixed seed, as no data was given", made_up=True)
 
 
-def _of_samples(judging: Samples, reference: Engine) -> Golden:
-    feeds = [sample.feeds for sample in judging.spread(_REQUESTS)]
+def _of_samples(judging: Samples, axes: Mapping[str, Axis], reference: Engine) -> Golden:
+    """Where `axes` says which sizes an engine is compiled for, only samples of those: it takes no others."""
+    looked_at = judging.spread(_REQUESTS * (_LOOKED_AT if axes else 1))
+    feeds = [sample.feeds for sample in looked_at if _is_in_range(sample.feeds, reference.inputs, axes)][:_REQUESTS]
+    if not feeds:
+        return Golden((), f"none of {judging.source} has the sizes that engine.toml says in [axes]")
     if any(array.dtype == object for request in feeds for array in request.values()):
         return Golden((), "text is not packed")
     chosen = _fitting(_answered(feeds, reference))
     if not chosen:
         return Golden((), f"none of {judging.source} is answered with numbers and small enough to be packed")
     return Golden(chosen, f"{_counted(chosen, 'sample')} of {judging.source}")
+
+
+def _is_in_range(feeds: Feeds, inputs: Sequence[TensorSpec], axes: Mapping[str, Axis]) -> bool:
+    return all(
+        axes[key].min <= feeds[spec.name].shape[position] <= axes[key].max
+        for spec in inputs
+        for key, position in free_axes(spec).items()
+        if key in axes
+    )
 
 
 def _counted(requests: Sequence[Feeds], noun: str) -> str:

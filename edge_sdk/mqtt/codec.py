@@ -9,6 +9,7 @@ session a route. Errors are always JSON in the Open Inference Protocol's form, w
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from edge_sdk.errors import Malformed, RequestError, TooLarge, UnsupportedType
 from edge_sdk.mqtt.session import ReplyRoute
@@ -32,6 +33,8 @@ class Codec:
     max_payload_bytes: int
     timeout_s: float
     reply_prefixes: tuple[str, ...] = ()
+    qos: Literal[0, 1] = 1
+    """Of answers."""
 
     def route(self, message: Message, address: InferTopic) -> ReplyRoute | None:
         """Where the answer goes; None if the request names a topic that we must not write to."""
@@ -92,6 +95,7 @@ class Codec:
         return Message(
             route.topic,
             body.data,
+            qos=self.qos,
             properties=Properties(
                 correlation_data=route.correlation_data,
                 content_type=body.content_type,

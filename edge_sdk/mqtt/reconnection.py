@@ -19,6 +19,9 @@ from edge_sdk.mqtt.negotiation import Negotiation, ProtocolSetting
 from edge_sdk.mqtt.transports.base import MqttVersion
 
 LASTING_S = 10.0
+_SUSPICIOUS = 5
+"""So many connections in a row that did not last are more than a bad line: perhaps two clients share an id, of which
+not every broker tells them."""
 
 
 class Reconnection:
@@ -30,6 +33,12 @@ class Reconnection:
         self._negotiation = Negotiation(protocol)
         self._backoff = backoff or Backoff()
         self._connected_at: float | None = None
+        self._short_lived = 0
+
+    @property
+    def may_have_a_rival(self) -> bool:
+        """Whether connections keep ending soon after they were made."""
+        return self._short_lived >= _SUSPICIOUS
 
     @property
     def is_connected(self) -> bool:
@@ -75,7 +84,9 @@ class Reconnection:
             return self._pause(0.0, now)
         if connected_at is not None:
             self._negotiation.lost()
+            self._short_lived += 1
             if now - connected_at >= LASTING_S:
+                self._short_lived = 0
                 self._backoff.connected()
         return self._pause(self._backoff.pause_s(code=code), now)
 

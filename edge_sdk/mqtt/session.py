@@ -126,6 +126,8 @@ class SessionCounts:
     """Answers that the broker refused (not authorised, quota)."""
     oversized: int = 0
     connections: int = 0
+    session_lost: int = 0
+    """Connections on which the broker had forgotten us, and with us what it had accepted for us."""
 
 
 @dataclass
@@ -201,8 +203,9 @@ class Session:
 
     # What happened
 
-    def connected(self, limits: BrokerLimits) -> None:
-        """A connection is up; what waits may go out, within its limits."""
+    def connected(self, limits: BrokerLimits, *, remembered: bool = True) -> None:
+        """A connection is up; what waits may go out, within its limits. `remembered`: the broker had our session."""
+        self.counts.session_lost += bool(self.counts.connections) and not remembered
         self.counts.connections += 1
         self._connected = True
         self._limits = limits
@@ -268,7 +271,15 @@ class Session:
         """The shell published `action`; the broker will acknowledge `handle`."""
         outgoing = self._unnumbered.pop(action.tag)
         self.counts.published += 1
-        self._in_flight[handle] = outgoing
+        if outgoing.message.qos:
+            self._in_flight[handle] = outgoing
+        else:  # nobody will tell what became of it
+            self._done_with(outgoing)
+
+    def unsendable(self, action: Publish) -> None:
+        """The shell could not publish `action`, and never will: the request is done with, as if nobody had heard."""
+        self.counts.unheard += 1
+        self._done_with(self._unnumbered.pop(action.tag))
 
     def acknowledged(self, event: Acknowledged) -> None:
         """The broker took, or refused, a message of ours. Either way it is done with; a refusal is counted."""
@@ -278,9 +289,7 @@ class Session:
         if outgoing.ticket is not None:
             self.counts.unheard += event.code == NO_MATCHING_SUBSCRIBERS
             self.counts.refused += event.code >= FAILURE
-            if self._durable and (key := self._jobs[outgoing.ticket].key) is not None:
-                self._taken.append(key)
-            self._settle(outgoing.ticket)
+        self._done_with(outgoing)
 
     def restore(self, recorded: Iterable[Recorded], now: float) -> None:
         """Take up what a former daemon answered: what the broker did not take goes out again, all of it is known.
@@ -355,6 +364,12 @@ class Session:
         if self._durable:
             return hashlib.sha256(content_type.encode() + b"\0" + request.payload).digest()
         return hash((request.payload, content_type)).to_bytes(8, "little", signed=True)
+
+    def _done_with(self, outgoing: _Outgoing) -> None:
+        if outgoing.ticket is not None:
+            if self._durable and (key := self._jobs[outgoing.ticket].key) is not None:
+                self._taken.append(key)
+            self._settle(outgoing.ticket)
 
     def _settle(self, ticket: int) -> None:
         """A request is done with: everything that asked for it may be acknowledged in its turn."""

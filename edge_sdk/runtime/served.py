@@ -39,6 +39,7 @@ class ServedModel:
         version: str,
         *,
         limits: QueueLimits,
+        newest_wins: bool = False,
         on_answer: Callable[[Answer], None],
         on_lost: Callable[[DeviceLost], None] = ignore_loss,
         clock: Callable[[], float],
@@ -58,7 +59,8 @@ class ServedModel:
         self._on_lost = on_lost
         self._clock = clock
         self._changed = threading.Condition()  # guards everything below
-        self._planner = BatchPlanner(batch=1, limits=limits)
+        self._newest_wins = newest_wins
+        self._planner = BatchPlanner(batch=1, limits=limits, newest_wins=newest_wins)
         self._worker: Worker | None = None
         """What takes the next batch."""
         self._using: Worker | None = None
@@ -128,7 +130,7 @@ class ServedModel:
                 batching = worker.package.manifest.batching
                 self._planner.batch = batching.best_batch
                 self._planner.max_wait_s = batching.max_wait_ms / 1000
-                self._planner.newest_wins = batching.newest_wins
+                self._planner.newest_wins = batching.newest_wins or self._newest_wins
                 self.quick = quick
                 self.state, self.reason, self.progress_percent = "READY", reason, None
                 if not quick and self._thread is None:

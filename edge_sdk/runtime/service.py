@@ -67,6 +67,7 @@ class Service:
         machine: Machine | None = None,
         profile: DeviceProfile | None = None,
         limits: QueueLimits = QueueLimits(),
+        newest_wins: bool = False,
         inline_ms: float = 10.0,
         on_lost: Callable[[DeviceLost], None] = ignore_loss,
         store: Path | None = None,
@@ -86,6 +87,7 @@ class Service:
         self._machine = machine or Machine.read()
         self._profile = profile
         self._limits = limits
+        self._newest_wins = newest_wins
         self._inline_s = inline_ms / 1000
         self._clock = clock
         # Both are replaced as a whole and never changed, so readers need no lock.
@@ -249,8 +251,13 @@ class Service:
 
     def _new_model(self, key: Key) -> ServedModel:
         return ServedModel(
-            *key, limits=self._limits, on_answer=self._finish, on_lost=self._on_lost, clock=self._clock
-        )  # fmt: skip
+            *key,
+            limits=self._limits,
+            newest_wins=self._newest_wins,
+            on_answer=self._finish,
+            on_lost=self._on_lost,
+            clock=self._clock,
+        )
 
     def _load(self, entry: Entry, model: ServedModel) -> None:
         """Bring one package into service, or note why it is not."""

@@ -108,8 +108,7 @@ class Successions:
         stage = trial.interrupted()
         if stage is None:
             return ""
-        discard(package, store=self._store)
-        trial.end()
+        self._forget(package)
         if stage == "building":
             return ""
         return "The engine that was built last ended the process that tried it. A reload builds another one."
@@ -163,44 +162,46 @@ class Successions:
         except BaseException:
             trial.end()
             raise
+        try:
+            progress(1.0)  # it may have been cancelled since the last one, and then nobody proves what was built
+        except BaseException:
+            self._forget(package)
+            raise
 
     def _succeed(self, model: ServedModel, former: Worker, yardstick: Yardstick) -> None:
         """Put the engine that was built for `former`'s package in its place."""
-        trial = Trial(former.package, self._store)
         if model.worker is not former:
-            discard(former.package, store=self._store)  # nobody will prove it
-            trial.end()
+            self._forget(former.package)
             return
+        trial = Trial(former.package, self._store)
         trial.note("proving")
         try:
             worker = self._proven(former, yardstick)
         except DeviceLost as exc:
             self._on_lost(exc)
-            return
-        except EngineUnfit as exc:
-            self._give_up(former.package, str(exc))
-            self._keep(model, former, f"The engine that was built is not used: {exc}")
-            return
         except EdgeSdkError as exc:
+            self._forget(former.package)
+            if isinstance(exc, EngineUnfit):
+                self._give_up(former.package, str(exc))
             self._keep(model, former, f"The engine that was built is not used: {exc}")
         except Exception as exc:
             log.exception("A defect of edge-sdk: the engine of %s could not be taken over.", former.package)
+            self._forget(former.package)
             self._keep(model, former, f"Taking over the engine that was built met a defect of edge-sdk: {exc!r}.")
         else:
             self._take_over(model, worker)
-        trial.end()
+            trial.end()
 
     def _proven(self, former: Worker, yardstick: Yardstick) -> Worker:
-        """The worker of the engine that was built. Raises EngineFailed, among others, if it is not to be used."""
+        """The worker of the engine that was built. Raises EngineUnfit where another one like it would do no better,
+        EngineFailed, among others, where it is not to be used either."""
         worker = self._hire(former.package)
         try:
             if worker.package.digest != former.package.digest:
                 raise EngineFailed("The package was replaced meanwhile, and not reloaded.")
-            if worker.loaded.better_can_be_built:  # one like that was just built
-                raise EngineUnfit(worker.loaded.second_best, reasons=(worker.loaded.second_best,))
-            if worker.loaded.second_best:
-                raise EngineFailed(worker.loaded.second_best)
-            self._check(worker, yardstick)
+            if why := worker.loaded.second_best:  # it does not load, has no room, or does not compute
+                raise EngineUnfit(why, reasons=(why,))
+            yardstick.check(worker)
         except DeviceLost:
             raise
         except Exception:
@@ -208,14 +209,10 @@ class Successions:
             raise
         return worker
 
-    def _check(self, worker: Worker, yardstick: Yardstick) -> None:
-        try:
-            yardstick.check(worker)
-        except DeviceLost:
-            raise
-        except EdgeSdkError:
-            discard(worker.package, store=self._store)  # or the next start would believe it
-            raise
+    def _forget(self, package: EnginePackage) -> None:
+        """Take away an engine that nobody has proven: the next start would believe it."""
+        discard(package, store=self._store)
+        Trial(package, self._store).end()
 
     def _give_up(self, package: EnginePackage, why: str) -> None:
         """What would fail in the same way again is not tried again at every start."""

@@ -29,6 +29,8 @@ from edge_sdk.tensors import Feeds, Outputs
 
 log = logging.getLogger(__name__)
 
+_TELL_EVERY_S = 60.0
+
 Group = Sequence[tuple[Request, Decoded]]
 """Requests that are computed together: their rows fit one batch of the engine."""
 
@@ -67,6 +69,8 @@ class Worker:
         self._clock = clock
         self._lanes = lanes_of(loaded.engine, self.max_rows)  # the free ones; the last is taken first
         self._flights: deque[_Flight] = deque()  # those in use, in the order in which they were started
+        self._failures = 0
+        self._tell_again_at = float("-inf")
 
     @classmethod
     def load(
@@ -196,10 +200,7 @@ class Worker:
         except Exception as exc:
             if len(group) > 1:
                 return [answer for one in group for answer in self._alone(flight, one)]
-            if isinstance(exc, EdgeSdkError):
-                log.warning("%s failed on a request: %s", self.package.name, exc)
-            else:
-                log.exception("A defect of edge-sdk: %s could not be asked.", self.package.name)
+            self._tell(exc)
             return [self._answer(request, _as_request_error(exc)) for request, _ in group]
         infer_ms = (self._clock() - flight.launched) * 1000
         answers = []
@@ -223,6 +224,21 @@ class Worker:
         except Exception:
             log.exception("A defect of edge-sdk: an answer of %s could not be phrased.", self.package.name)
             return InferenceFailed("The answer could not be phrased; the device's log has the reason.")
+
+    def _tell(self, exc: Exception) -> None:
+        """Log a failure, and others like it within a minute as a number: they come at the rate a client sends."""
+        self._failures += 1
+        now = self._clock()
+        if now < self._tell_again_at:
+            return
+        self._tell_again_at = now + _TELL_EVERY_S
+        if isinstance(exc, EdgeSdkError):
+            log.warning("%s failed on a request: %s (%d so far.)", self.package.name, exc, self._failures)
+        else:
+            log.error(
+                "A defect of edge-sdk: %s could not be asked (%d times so far).",
+                self.package.name, self._failures, exc_info=exc,
+            )  # fmt: skip
 
     def _answer(self, request: Request, result: Body | RequestError, timing: Timing | None = None) -> Answer:
         return Answer(request.ticket, result, self.package.version, timing)

@@ -34,7 +34,7 @@ def expected(digits: EnginePackage, pictures: list[Path]) -> list[list[object]]:
 
 @pytest.fixture
 def durable_broker(tmp_path: Path) -> Iterator[Broker]:
-    """mosquitto that loses nothing when it is killed: every change is saved at once."""
+    """mosquitto that saves its sessions once a second; what a kill takes of that, the client sends again."""
     if MOSQUITTO is None:
         pytest.skip("mosquitto is not installed")
     with running_mosquitto(tmp_path) as started:

@@ -234,10 +234,6 @@ def test_case_16_an_answer_over_the_brokers_packet_limit(tmp_path: Path, open_da
     assert 1 == proxy.accepted
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Daemon._publish puts an empty message in the place of one that is too large, and lets the "
-    "TooLarge of that one end the daemon"
-)  # fmt: skip
 def test_case_16_a_packet_limit_that_nothing_fits_in(open_daemon: OpenDaemon) -> None:
     """A broker that takes packets of 20 bytes is of no use, and no reason to fall over."""
     with FakeBroker(Rules(connack=connack(maximum_packet_size=20))) as broker:

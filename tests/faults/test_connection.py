@@ -65,9 +65,6 @@ def test_case_02_the_broker_is_killed(open_scene: OpenScene, persistence: str) -
     assert report.kept, report
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the daemon does not look at CONNACK's session_present, and counts no lost session"
-)
 def test_case_02_a_lost_session_is_counted(tmp_path: Path, open_daemon: OpenDaemon) -> None:
     """A broker that comes back without our session lost what it had accepted for us: the statistics say so."""
     with running_mosquitto(tmp_path, persistence="false") as broker:
@@ -171,11 +168,8 @@ def _more_than(taken: int, proxy: Proxy) -> bool:
 
 @pytest.mark.parametrize(
     ("way", "number"),
-    [("to_daemon", 0.25), ("to_broker", 0.0), pytest.param("to_broker", 1 / 3, marks=pytest.mark.xfail(
-        strict=True, reason="no ping is answered behind an answer that the kernel has taken and the line has not, and "
-        "PahoTransport._keep_alive, which sees only what the kernel takes, ends the connection, again and again"
-    ))],
-)  # fmt: skip
+    [("to_daemon", 0.25), ("to_broker", 0.0), ("to_broker", 1 / 3)],
+)
 def test_case_07_a_line_slower_than_the_keepalive(
     mosquitto: Broker, open_daemon: OpenDaemon, way: str, number: float
 ) -> None:

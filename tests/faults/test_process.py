@@ -115,10 +115,6 @@ def test_case_66_a_flood_of_messages_is_not_a_flood_of_lines(mosquitto: Broker, 
     assert 1 == daemon.said().count("was not answered")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Worker._compute logs a line for each request that a model fails on: a client that repeats one "
-    "fills the disk at the rate it sends"
-)  # fmt: skip
 def test_case_66_failing_requests_do_not_flood_the_log(
     mosquitto: Broker, open_daemon: OpenDaemon, misbehaving_engines: Callable[..., Path]
 ) -> None:

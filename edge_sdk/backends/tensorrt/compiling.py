@@ -252,8 +252,11 @@ class Compiling8(Compiling):
 
     def set_modes(self, draft: Draft, options: TensorRTOptions, targets: Sequence[str]) -> None:
         super().set_modes(draft, options, targets)
-        _make_compatible(self.trt, draft.config, options)
-        self._allow_precisions(draft.network, draft.config)
+        config: IBuilderConfig = draft.config
+        # Without it only one context may have the profile, and every lane has a context.
+        config.set_preview_feature(self.trt.PreviewFeature.PROFILE_SHARING_0806, True)
+        _make_compatible(self.trt, config, options)
+        self._allow_precisions(draft.network, config)
 
     def _allow_precisions(self, network: INetworkDefinition, config: IBuilderConfig) -> None:
         """Once FP16 is allowed, TensorRT takes it for FP32 layers too, unless they are held to what the graph says."""

@@ -95,9 +95,11 @@ _WEAKLY_TYPED = _names(
 
 _STRONGLY_TYPED = _names(NetworkDefinitionCreationFlag="STRONGLY_TYPED")
 
-_SCRATCH_8 = _names(
+_CONTEXTS_8 = _names(
+    IBuilderConfig="set_preview_feature",
     ICudaEngine="create_execution_context_without_device_memory device_memory_size",
-    IExecutionContext="device_memory",
+    IExecutionContext="active_optimization_profile device_memory",
+    PreviewFeature="PROFILE_SHARING_0806",
 )
 
 _SINCE_10 = _names(
@@ -123,11 +125,12 @@ _RTX = _names(
 _ALL = _COMPILING | _RUNNING
 
 TENSORRT_8 = Names(
-    required=_ALL | _COMPATIBLE | _WEAKLY_TYPED | _SCRATCH_8,
+    required=_ALL | _COMPATIBLE | _WEAKLY_TYPED | _CONTEXTS_8,
     not_in_rtx=frozenset({
         "BuilderFlag.FP16", "BuilderFlag.INT8", "BuilderFlag.OBEY_PRECISION_CONSTRAINTS",
         "ICudaEngine.create_execution_context_without_device_memory", "ICudaEngine.device_memory_size",
         "ILayer.precision", "ILayer.set_output_type", "NetworkDefinitionCreationFlag.EXPLICIT_BATCH",
+        "PreviewFeature.PROFILE_SHARING_0806",
     }),
 )  # fmt: skip
 TENSORRT_10 = Names(

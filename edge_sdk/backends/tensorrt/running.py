@@ -173,7 +173,11 @@ class Running8(Running):
         raise EngineFailed(f"{self.flavour} {self.version} cannot stream weights; TensorRT 10 can.")
 
     def create_context(self, engine: ICudaEngine, graphs: bool) -> IExecutionContext:
-        return engine.create_execution_context_without_device_memory()
+        """8.6 gives its profile to the first context only; one more has none until it is told which."""
+        context: IExecutionContext = engine.create_execution_context_without_device_memory()
+        if context is not None and context.active_optimization_profile < 0:
+            context.active_optimization_profile = 0
+        return context
 
     def set_activation(self, context: IExecutionContext, address: int, size: int) -> None:
         context.device_memory = address

@@ -20,7 +20,8 @@ Rules every transport keeps, and the contract suite (tests/transports) checks:
 * `publish`, `acknowledge` and `subscribe` only queue; what was queued leaves together at the next `poll` (or `close`),
   in order. Without a connection they queue nothing and their handle never returns.
 * TCP_NODELAY is set. Keepalive pings are the transport's, from within `poll`: a silent broker is Closed within twice
-  the keepalive, one that slowly takes a long packet is not silent.
+  the keepalive. One that slowly takes what we sent before the ping is not silent, as long as some of it is acknowledged
+  by its TCP in each keepalive; a ping that its TCP has taken it must answer within one.
 * `open` after Closed opens the next connection.
 """
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 import selectors
 import socket
 import ssl
+import struct
+import sys
 import threading
 import time
 import weakref
@@ -22,7 +24,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any, Literal, Union, cast
+from typing import Any, Literal, NamedTuple, Union, cast
 
 from paho.mqtt.client import MQTT_CLEAN_START_FIRST_ONLY, Client, ConnectFlags, DisconnectFlags
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
@@ -65,6 +67,10 @@ from edge_sdk.mqtt.transports.packets import (
     variable_length,
 )
 
+if sys.platform == "linux":
+    import fcntl
+    import termios
+
 MESSAGES_A_POLL = 64
 BYTES_A_POLL = 8 * 1024 * 1024
 """A poll that reached either bound returns; what is left comes with the next one, at once."""
@@ -80,11 +86,21 @@ WITH_WILL = 0x04
 _GATHERED = 64
 """Pieces handed to one sendmsg; Linux takes up to 1,024."""
 
+_LOOKS_A_KEEPALIVE = 8
+"""How often we look whether a ping without an answer still waits on our side. Each look is two system calls."""
+
+_TCPI_BYTES_ACKED = 120
+"""Where `struct tcp_info` of Linux has tcpi_bytes_acked, 64 bits (linux/tcp.h; since 4.1)."""
+
 _Socket = Union[socket.socket, ssl.SSLSocket]
 
 
 class PahoTransport:
-    """One connection at a time; see `edge_sdk.mqtt.transports.base` for what is promised."""
+    """One connection at a time; see `edge_sdk.mqtt.transports.base` for what is promised.
+
+    That a broker takes a long packet slowly only Linux tells (since 4.1). Elsewhere a packet that our kernel has taken
+    and that needs longer than about 1.75 keepalives on the line ends the connection: set the keepalive accordingly.
+    """
 
     def __init__(self) -> None:
         self._wake_reader, self._wake_writer = socket.socketpair()
@@ -111,7 +127,10 @@ class PahoTransport:
         self._more = False
         self._give_up_at = 0.0
         self._keepalive_s = 0.0
-        self._heard_at = self._sent_at = self._pinged_at = 0.0
+        self._heard_at = self._sent_at = self._pinged_at = self._look_at = 0.0
+        self._taken: int | None = None
+        self._ping_end: int | None = None
+        """How much of the connection's bytes the other side had at the last look, and up to which the ping goes."""
 
         self._handle = 0
         self._packet_id = FIRST_PUBLISH_ID - 1
@@ -412,7 +431,7 @@ class PahoTransport:
         if not self._keepalive_s:
             return give_up_at
         if self._pinged_at:
-            return min(give_up_at, max(self._pinged_at, self._heard_at) + self._keepalive_s)
+            return min(give_up_at, self._look_at, max(self._pinged_at, self._heard_at) + self._keepalive_s)
         return min(give_up_at, min(self._heard_at, self._sent_at) + self._keepalive_s * 0.75)
 
     def _keep_alive(self, now: float) -> None:
@@ -425,11 +444,33 @@ class PahoTransport:
         if not self._keepalive_s:
             return
         if self._pinged_at:
+            if now >= self._look_at:
+                self._look(now, self._sock)
             if now - max(self._pinged_at, self._heard_at) >= self._keepalive_s:
                 self._closed(f"nothing came from the broker for {now - self._heard_at:.0f} s, not even to a ping")
         elif now - min(self._heard_at, self._sent_at) >= self._keepalive_s * 0.75:
             self._outbox.append(PINGREQ)
             self._pinged_at = now
+            self._taken = self._ping_end = None
+            self._look(now, self._sock)
+
+    def _look(self, now: float, sock: _Socket) -> None:
+        """While the ping waits on our side, behind bytes that the broker is taking, nobody is silent.
+
+        A ping that the broker's TCP has is to be answered, whatever else goes on being taken: TCP acknowledges for a
+        broker that hangs, too. (TCP_USER_TIMEOUT would add nothing: it ends a connection on which nothing is
+        acknowledged, and by then the keepalive has.)
+        """
+        self._look_at = now + self._keepalive_s / _LOOKS_A_KEEPALIVE
+        progress = _progress(sock)
+        if progress is None:
+            return
+        before, self._taken = self._taken, progress.taken
+        if self._ping_end is None and not self._outbox:
+            self._ping_end = progress.given
+        waits = self._ping_end is None or progress.taken < self._ping_end
+        if waits and before is not None and progress.taken > before:
+            self._heard_at = now
 
     # ---------------------------------------------------------------------------------------------------------- paho
 
@@ -671,6 +712,28 @@ def _gather(outbox: deque[bytes | memoryview], limit: int = 16_384) -> bytes | m
         if size >= limit:
             break
     return b"".join(pieces)[:limit] if size > limit else b"".join(pieces)
+
+
+class _Progress(NamedTuple):
+    """How far the bytes of a connection have come; with TLS, what they were enciphered to."""
+
+    given: int
+    """The kernel has taken them from us."""
+    taken: int
+    """The other side's TCP has acknowledged them."""
+
+
+def _progress(sock: _Socket) -> _Progress | None:
+    """What the kernel knows of the way to the broker; None where it does not tell. TLS has the same descriptor."""
+    if sys.platform != "linux":
+        return None
+    try:
+        (waiting,) = struct.unpack("=i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCPI_BYTES_ACKED + 8)
+        (taken,) = struct.unpack_from("=Q", info, _TCPI_BYTES_ACKED)
+    except (OSError, struct.error):
+        return None
+    return _Progress(taken + waiting, taken)
 
 
 def _limits(properties: Any) -> BrokerLimits:
