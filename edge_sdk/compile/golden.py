@@ -55,9 +55,9 @@ class Golden:
 
 def golden_requests(order: Order, ingredients: Ingredients, reference: Engine) -> Golden:
     """The package's golden requests: few, about 1 MB at most, and all such that the reference answers them."""
-    if ingredients.judging is not None:
-        return _of_samples(ingredients.judging, order.spec.axes, reference)
     specs = ingredients.summary.inputs
+    if ingredients.judging is not None:
+        return _of_samples(ingredients.judging, specs, order.spec.axes, reference)
     shapes = {spec.name: _shape(spec, order.spec.axes) for spec in specs}
     if unknown := [spec for spec in specs if shapes[spec.name] is None]:
         why = f"no data was given, and engine.toml has no sizes for the free axes of {unknown[0]} ([axes])"
@@ -76,10 +76,12 @@ def golden_requests(order: Order, ingredients: Ingredients, reference: Engine) -
     return Golden(chosen, f"{_counted(chosen, 'random request')} from a fixed seed, as no data was given", made_up=True)
 
 
-def _of_samples(judging: Samples, axes: Mapping[str, Axis], reference: Engine) -> Golden:
+def _of_samples(
+    judging: Samples, inputs: Sequence[TensorSpec], axes: Mapping[str, Axis], reference: Engine
+) -> Golden:
     """Where `axes` says which sizes an engine is compiled for, only samples of those: it takes no others."""
     looked_at = judging.spread(_REQUESTS * (_LOOKED_AT if axes else 1))
-    feeds = [sample.feeds for sample in looked_at if _is_in_range(sample.feeds, reference.inputs, axes)][:_REQUESTS]
+    feeds = [sample.feeds for sample in looked_at if _is_in_range(sample.feeds, inputs, axes)][:_REQUESTS]
     if not feeds:
         return Golden((), f"none of {judging.source} has the sizes that engine.toml says in [axes]")
     if any(array.dtype == object for request in feeds for array in request.values()):

@@ -19,7 +19,7 @@ from edge_sdk.backends.registry import backend
 from edge_sdk.compile import order as orders
 from edge_sdk.compile.order import WantedPrecision
 from edge_sdk.compile.pipeline import build, build_engine
-from edge_sdk.errors import EngineFailed, EngineUnfit, ModelError, SpecError
+from edge_sdk.errors import DeviceLost, EdgeSdkError, EngineFailed, EngineUnfit, ModelError, OutOfMemory, SpecError
 from edge_sdk.package import GOLDEN, EnginePackage, EngineRecord
 from edge_sdk.profiles import DeviceProfile, load_profile
 from edge_sdk.tensors import Array, Outputs
@@ -37,9 +37,18 @@ class StandInForAGpu:
     name = "tensorrt"
     compiles = True
 
-    def __init__(self, unfit: str = "", wrong: bool = False, aux_streams_cost_s: float = 0.0) -> None:
-        """`aux_streams_cost_s` is what TensorRT's own choice of streams costs a run; below 0 what it saves."""
+    def __init__(
+        self,
+        unfit: str = "",
+        wrong: bool = False,
+        aux_streams_cost_s: float = 0.0,
+        second: EdgeSdkError | None = None,
+        second_loads: bool = False,
+    ) -> None:
+        """`aux_streams_cost_s` is what TensorRT's own choice of streams costs a run; below 0 what it saves. The build
+        of a second engine ends with the error `second`; if it `second_loads`, it is loading it that does."""
         self._unfit = unfit
+        self._second = (second, second_loads)
         self._wrong = wrong
         self._aux_streams_cost_s = aux_streams_cost_s
         self.orders: list[EngineOrder] = []
@@ -55,6 +64,9 @@ class StandInForAGpu:
     ) -> EngineRecord:
         assert folder is not None
         self.orders.append(order)
+        error, loads = self._second
+        if error is not None and not loads and len(self.orders) > 1:
+            raise error
         plan = _scaled(order.graph) if self._wrong else order.graph
         (folder / "engine.plan").write_bytes(plan)
         (folder / "engine.json").write_text("{}")
@@ -64,6 +76,9 @@ class StandInForAGpu:
     def load(self, package: EnginePackage, profile: DeviceProfile) -> Engine:
         if self._unfit:
             raise EngineUnfit(self._unfit, reasons=(self._unfit,))
+        error, loads = self._second
+        if error is not None and loads and len(self.orders) > 1:
+            raise error
         engine = OnnxRuntimeBackend().load_graph(package.read("engine.plan"), profile)
         single = profile.tensorrt is not None and profile.tensorrt.max_aux_streams == 0
         return _Slowed(engine, max(0.0, -self._aux_streams_cost_s if single else self._aux_streams_cost_s))
@@ -147,6 +162,36 @@ def test_auxiliary_streams_are_measured(
     engine = package.manifest.backend.engine
     assert engine is not None
     assert (engine.latency_ms or 0) < 10
+
+
+@pytest.mark.parametrize(
+    ("error", "loads"),
+    [
+        (EngineFailed("It took longer than it may."), False),
+        (OutOfMemory("There is no room for two."), True),
+        (EngineUnfit("It does not fit.", reasons=("it does not fit",)), True),
+    ],
+)
+def test_an_engine_that_is_there_does_not_go_for_one_that_might_be_faster(
+    error: EdgeSdkError, loads: bool, engine_folder: Path, jetson: DeviceProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one fails to compile, or has no room beside the first: the package has the first, and says so."""
+    _installed(monkeypatch, StandInForAGpu(second=error, second_loads=loads))
+    package = build_engine(engine_folder, profile=jetson)
+    package.verify()
+    engine = package.manifest.backend.engine
+
+    assert engine is not None
+    assert "answers as the graph does" in " ".join(engine.notes)
+    assert error.problem in engine.notes[-1]
+
+
+def test_a_device_that_is_lost_while_streams_are_measured_ends_the_build(
+    engine_folder: Path, jetson: DeviceProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _installed(monkeypatch, StandInForAGpu(second=DeviceLost("It is gone."), second_loads=True))
+    with pytest.raises(DeviceLost):
+        build_engine(engine_folder, profile=jetson)
 
 
 def test_a_choice_of_streams_is_not_measured_again(

@@ -36,6 +36,27 @@ def test_they_are_samples_of_the_data(engine_folder: Path, jetson: DeviceProfile
     assert "4 samples of " in _note(package)
 
 
+def test_samples_of_other_sizes_than_an_engine_takes_are_left_out(
+    tmp_path: Path, jetson: DeviceProfile
+) -> None:
+    """An engine is compiled for the ranges of [axes]; asked for anything else it could only refuse."""
+    (tmp_path / "net.onnx").write_bytes(encoder().SerializeToString())
+    (tmp_path / "texts.py").write_text(
+        "import numpy as np\ndef some():\n    return [np.full((1, 9 + n), n, np.int64) for n in range(24)]\n"
+    )
+    (tmp_path / "engine.toml").write_text(
+        'name = "net"\nmodel = "net.onnx"\n[calibration]\ndata = "texts:some"\n[axes]\nL = { best = 8, max = 16 }\n'
+    )
+    package = build_engine(tmp_path, profile=jetson, precision="fp32")
+    (tmp_path / "engine.toml").write_text((tmp_path / "engine.toml").read_text().replace("max = 16", "max = 8"))
+    other = build_engine(tmp_path, profile=jetson, precision="fp32", output=tmp_path / "other")
+
+    assert package.golden()
+    assert all(9 <= feeds["tokens"].shape[1] <= 16 for feeds in package.golden())
+    assert [] == other.golden()
+    assert "[axes]" in _note(other)
+
+
 def test_packages_of_devices_that_load_the_graph_have_none(engine_folder: Path, cpu: DeviceProfile) -> None:
     """Nothing would be compared on them there, and they are somebody's data."""
     package = build_engine(engine_folder, profile=cpu, precision="fp32")

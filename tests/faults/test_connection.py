@@ -176,7 +176,7 @@ def test_case_07_a_line_slower_than_the_keepalive(
     """While a long packet moves, late and with losses, the other side is not taken for dead."""
     with Proxy(mosquitto.port, buffer_bytes=2_048) as proxy:
         daemon = open_daemon(f"mqtt://127.0.0.1:{proxy.port}", broker__keepalive_s="2")
-        with Client(mosquitto.url, device=DEVICE, timeout_s=15) as client:
+        with Client(mosquitto.url, device=DEVICE, timeout_s=40) as client:
             daemon.wait_for_state(client, "wide", "READY")
             slow = getattr(proxy, way)
             slow.bytes_per_second, slow.latency_s, slow.stall_chance, slow.stall_s = 8_000, 0.05, 0.5, 0.1

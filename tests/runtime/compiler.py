@@ -65,6 +65,8 @@ class StandInCompiler:
         """What is made of the graph on the way: a compiler's defect."""
         self.runs_into: EdgeSdkError | None = None
         """What loading an engine ends with."""
+        self.once_kept: Callable[[], None] = lambda: None
+        """What happens between the moment that an engine lies in the store and the end of its build."""
         self.computes = True
         """Whether the engines that were loaded compute anything."""
         self.builds: list[EngineOrder] = []
@@ -120,6 +122,7 @@ class StandInCompiler:
         entry = self.entry(order.graph_sha256)
         entry.mkdir(parents=True)
         (entry / "engine.plan").write_bytes(self.turns_into(order.graph))
+        self.once_kept()
 
     def entry(self, graph_sha256: str) -> Path:
         return self.store / f"{graph_sha256[:32]}-{'0' * 16}"

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("onnxruntime", reason="the second-best engine of these packages is onnxruntime's")
 
-from edge_sdk.errors import DeviceLost, EngineFailed, EngineUnfit, ModelError
+from edge_sdk.errors import DeviceLost, EngineFailed, EngineUnfit, ModelError, OutOfMemory
 from edge_sdk.mqtt.presence import metadata
 from edge_sdk.runtime import trial
 from edge_sdk.runtime.building import Builder, Wish
@@ -223,10 +223,15 @@ def test_an_engine_whose_trial_ended_the_process_is_not_tried_for_ever(works: Wo
     eventually(lambda: not list(works.store.glob("trial-*")), "the trial is over")
 
 
-@pytest.mark.parametrize("how", ["the graph is refused", "the engine answers otherwise", "the engine does not fit"])
+@pytest.mark.parametrize(
+    "how", ["the graph is refused", "the engine answers otherwise", "the engine does not fit", "there is no room"]
+)
 def test_what_would_fail_again_is_not_built_at_every_start(how: str, works: Works) -> None:
-    """The next process knows, and says why; somebody who reloads, or another version of the runtime, tries again."""
-    package_to_compile(works.engines / "double")
+    """The next process knows, and says why; somebody who reloads, or another version of the runtime, tries again.
+
+    What was built lies about no longer: nobody has proven it.
+    """
+    package = package_to_compile(works.engines / "double")
     match how:
         case "the graph is refused":
             works.compiler.fails = ModelError("There is no such layer.")
@@ -234,6 +239,8 @@ def test_what_would_fail_again_is_not_built_at_every_start(how: str, works: Work
             works.compiler.turns_into = lambda _: shifting().SerializeToString()
         case "the engine does not fit":
             works.compiler.runs_into = EngineUnfit("Its output has no size.", reasons=("its output has no size",))
+        case "there is no room":
+            works.compiler.runs_into = OutOfMemory("The engine needs more than the device has.")
     first = works.open()
     first.until(lambda: bool(works.compiler.builds) and the_model(first).state == "READY")
     said = the_model(first).reason
@@ -248,6 +255,7 @@ def test_what_would_fail_again_is_not_built_at_every_start(how: str, works: Work
     )
     assert said.split(": ", 1)[1] in the_model(second).reason
     assert 2.0 == second.factor()
+    assert not works.compiler.entry(package.manifest.files["graph.onnx"].sha256).exists()
 
     works.compiler.fails = works.compiler.runs_into = None
     works.compiler.turns_into = lambda graph: graph
@@ -305,6 +313,31 @@ def test_a_build_that_nobody_wants_any_more_is_ended(works: Works, how: str) -> 
     if how == "replaced":
         site.until(lambda: the_model(site).backend == "tensorrt")
         assert 3.0 == site.factor()
+
+
+def test_an_engine_that_was_built_for_nobody_is_not_kept(works: Works) -> None:
+    """Another package came while it was put into the store: nobody will prove it, so nobody may find it there."""
+    package = package_to_compile(works.engines / "double")
+    entry = works.compiler.entry(package.manifest.files["graph.onnx"].sha256)
+    kept, goes_on = threading.Event(), threading.Event()
+
+    def once_kept() -> None:
+        kept.set()
+        goes_on.wait(20.0)
+
+    works.compiler.once_kept = once_kept
+    site = works.open()
+    site.until(kept.is_set)
+    works.compiler.once_kept = lambda: None
+    package_to_compile(works.engines / "double", 3.0)
+    site.service.reload()
+    site.until(lambda: site.factor() == 3.0)
+    goes_on.set()
+    site.until(lambda: the_model(site).backend == "tensorrt")
+
+    assert 3.0 == site.factor()
+    assert not entry.exists()
+    eventually(lambda: not list(works.store.glob("trial-*")), "both trials are over")
 
 
 def test_where_building_is_off_the_graph_answers_for_good(works: Works) -> None:
