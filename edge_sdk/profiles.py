@@ -103,7 +103,7 @@ class TensorRTOptions(Table):
     dla_cores: int = Field(default=0, ge=0)
     """Deep-learning accelerators of the device. Layers that they do not take run on the GPU, and the report says so."""
     build_memory_bytes: int | None = Field(default=None, gt=0)
-    """A build that takes more is ended; None: 80 % of the machine's memory."""
+    """A build that takes more is ended; None: 60 % of the machine's memory."""
     build_time_s: float = Field(default=3600.0, gt=0)
     """A build that takes longer is ended."""
 

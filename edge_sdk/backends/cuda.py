@@ -241,6 +241,15 @@ class Device:
         """What the whole device has left, for this process and others."""
         return self.binding.free_and_total_bytes()[0]
 
+    def check(self) -> None:
+        """Raise DeviceLost if the device is lost: a library that works on it says only that something failed."""
+        try:
+            self.free_bytes()
+        except DeviceLost:
+            raise
+        except EdgeSdkError as exc:
+            log.debug("The device is there, and yet: %s", exc)
+
     def allocate(self, size: int) -> DeviceMemory:
         """Memory of the device; OutOfMemory if there is not so much."""
         return DeviceMemory(self, self.binding.allocate(max(1, size)), size)

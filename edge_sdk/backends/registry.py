@@ -13,6 +13,8 @@ from edge_sdk.tensors import TensorSpec
 
 NAMES = ("tensorrt", "onnxruntime", "reference")
 """Backends that exist."""
+_COMPILING = ("tensorrt",)
+"""Those whose engines are compiled for one kind of device: said here, so that a device without them loads nothing."""
 
 
 def backend(name: str, store: Path | None = None) -> Backend:
@@ -153,6 +155,11 @@ def rebuild(package: EnginePackage, *, store: Path | None = None, progress: Prog
     """
     preferred = backend(package.manifest.backend.name, store)
     preferred.build(EngineOrder.of(package, here=True), None, progress=progress, considerate=True)
+
+
+def prefers_compiled(package: EnginePackage) -> bool:
+    """Whether the package's first choice is an engine that is compiled for its device."""
+    return package.manifest.backend.name in _COMPILING
 
 
 def preferred_version(package: EnginePackage, *, store: Path | None = None) -> str:

@@ -76,9 +76,7 @@ def golden_requests(order: Order, ingredients: Ingredients, reference: Engine) -
     return Golden(chosen, f"{_counted(chosen, 'random request')} from a fixed seed, as no data was given", made_up=True)
 
 
-def _of_samples(
-    judging: Samples, inputs: Sequence[TensorSpec], axes: Mapping[str, Axis], reference: Engine
-) -> Golden:
+def _of_samples(judging: Samples, inputs: Sequence[TensorSpec], axes: Mapping[str, Axis], reference: Engine) -> Golden:
     """Where `axes` says which sizes an engine is compiled for, only samples of those: it takes no others."""
     looked_at = judging.spread(_REQUESTS * (_LOOKED_AT if axes else 1))
     feeds = [sample.feeds for sample in looked_at if _is_in_range(sample.feeds, inputs, axes)][:_REQUESTS]

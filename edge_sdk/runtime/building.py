@@ -115,10 +115,13 @@ class Builder:
                 self._current = None
                 if job.cancelled:
                     continue
-            if error is not None:
-                job.wish.failed(error)
-            else:
-                job.wish.built()
+            try:
+                if error is not None:
+                    job.wish.failed(error)
+                else:
+                    job.wish.built()
+            except Exception:  # this thread builds for others, too
+                log.exception("A defect of edge-sdk: the end of a build could not be told.")
 
     def _error_of(self, job: _Job) -> EdgeSdkError | None:
         """Build; what went wrong, if something did."""

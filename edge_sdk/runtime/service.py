@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.backends.registry import check_store, discard
+from edge_sdk.backends.registry import check_store, discard, prefers_compiled
 from edge_sdk.errors import (
     DeviceLost,
     EdgeSdkError,
@@ -112,9 +112,10 @@ class Service:
 
     def start(self) -> None:
         """Learn what is in the folder, and begin to load it. Requests that come meanwhile wait for their model."""
-        if self._building and (why_not := check_store(self._store)):
-            log.warning("%s Until then, engines are not built here.", why_not)
         found = self._adopt()
+        compiled = any(entry.package is not None and prefers_compiled(entry.package) for entry in found)
+        if self._building and compiled and (why_not := check_store(self._store)):
+            log.warning("%s Until then, engines are not built here.", why_not)
         self._orders.put(lambda: self._load_all(found))
         self._loader.start()
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edge_sdk.backends.base import Progress
-from edge_sdk.backends.registry import check_store, discard, preferred_version, rebuild
+from edge_sdk.backends.registry import check_store, discard, preferred_version, prefers_compiled, rebuild
 from edge_sdk.errors import BackendUnavailable, DeviceLost, EdgeSdkError, EngineFailed, EngineUnfit, ModelError
 from edge_sdk.package import EnginePackage
 from edge_sdk.runtime.building import Builder, Wish
@@ -102,6 +102,8 @@ class Successions:
 
         Gives back why none is to be built now; empty if one may be.
         """
+        if not prefers_compiled(package):
+            return ""
         trial = Trial(package, self._store)
         if why := trial.given_up(preferred_version(package, store=self._store)):
             return f"No engine is built, it came to nothing before: {why} A reload tries again."

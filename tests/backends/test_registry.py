@@ -40,7 +40,7 @@ def test_a_backend_that_does_not_exist_is_said_to_be_none() -> None:
 
 
 def test_an_engine_is_discarded_though_its_package_is_gone(tmp_path: Path) -> None:
-    """Another build has put other files into the package's place: which graph it was is in the manifest that was read."""
+    """Another build has put other files into the package's place: which graph it was is in the manifest."""
     package = make_package(tmp_path / "double", scaling(2.0))
     store = tmp_path / "store"
     ours = store / entry_name(package.manifest.files[GRAPH].sha256, version="1")

@@ -36,9 +36,7 @@ def test_they_are_samples_of_the_data(engine_folder: Path, jetson: DeviceProfile
     assert "4 samples of " in _note(package)
 
 
-def test_samples_of_other_sizes_than_an_engine_takes_are_left_out(
-    tmp_path: Path, jetson: DeviceProfile
-) -> None:
+def test_samples_of_other_sizes_than_an_engine_takes_are_left_out(tmp_path: Path, jetson: DeviceProfile) -> None:
     """An engine is compiled for the ranges of [axes]; asked for anything else it could only refuse."""
     (tmp_path / "net.onnx").write_bytes(encoder().SerializeToString())
     (tmp_path / "texts.py").write_text(

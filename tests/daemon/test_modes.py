@@ -136,9 +136,7 @@ def test_an_urgent_request_overtakes(wire: Wire, broker: Broker, engines: Path, 
             return len(order) == 5
 
         eventually(all_came, "every request answered")
-        refused = wire.ask(
-            data, topic=topic, correlation_data=b"odd", user={**user, "priority": "urgent"}
-        )
+        refused = wire.ask(data, topic=topic, correlation_data=b"odd", user={**user, "priority": "urgent"})
 
     assert order.index(b"4") <= 1  # the first may have begun before it came
     assert [b"0", b"1", b"2", b"3"] == [key for key in order if key != b"4"]

@@ -78,7 +78,8 @@ ADAPTERS = (Api8, Api10, Api11, ApiRtx)
 
 def find(flavour: str) -> str | None:
     """The installed version of `tensorrt` or `tensorrt_rtx`, found without importing it; None: not installed."""
-    if importlib.util.find_spec(flavour) is None:
+    spec = importlib.util.find_spec(flavour)
+    if spec is None or spec.origin is None:  # the latter is any folder of that name, such as a checkout
         return None
     return installed_version(flavour, *_DISTRIBUTIONS[flavour])
 

@@ -7,6 +7,7 @@ or an error. The plan goes into a file. Its standard output and error are whatev
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -164,7 +165,8 @@ def _stand_back(considerate: bool) -> None:
         pass
     if not considerate:
         return
-    os.nice(19)
+    with contextlib.suppress(OSError):  # where policy forbids it, a build is better than none
+        os.nice(19)
     if (number := _SYS_IOPRIO_SET.get(platform.machine())) is not None:
         ctypes.CDLL(None, use_errno=True).syscall(number, _IOPRIO_WHO_PROCESS, 0, _IOPRIO_IDLE)
 

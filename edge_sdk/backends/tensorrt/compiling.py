@@ -133,6 +133,7 @@ class Compiling(ABC):
         network: INetworkDefinition = draft.network
         config: IBuilderConfig = draft.config
         profile: IOptimizationProfile = builder.create_optimization_profile()
+        is_wanted = False  # by a free axis, also where only one size is
         for index in range(network.num_inputs):
             tensor: ITensor = network.get_input(index)
             if tensor.is_shape_tensor:
@@ -143,7 +144,8 @@ class Compiling(ABC):
                 )
             sizes = shapes[tensor.name]
             profile.set_shape(tensor.name, sizes.smallest, sizes.best, sizes.largest)
-        if any(not sizes.is_fixed for sizes in shapes.values()) and config.add_optimization_profile(profile) < 0:
+            is_wanted = is_wanted or -1 in tensor.shape
+        if is_wanted and config.add_optimization_profile(profile) < 0:
             raise EngineFailed(f"{self.flavour} does not take the shapes {dict(shapes)}; it says: {self.said}.")
 
     def set_effort(self, draft: Draft, options: TensorRTOptions) -> None:
@@ -164,7 +166,7 @@ class Compiling(ABC):
     def set_dla(self, draft: Draft, cores: int) -> tuple[str, ...]:
         """Compile for a deep-learning accelerator, and say which layers it leaves to the GPU.
 
-        Which of the cores runs the engine is chosen when it is loaded. ProfileError if the device has fewer.
+        The engine is for the first of the cores. ProfileError if the device has fewer.
         """
         builder: Builder = draft.builder
         config: IBuilderConfig = draft.config

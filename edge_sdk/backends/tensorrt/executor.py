@@ -257,10 +257,12 @@ class TensorRTEngine:
             loaded.measure(room, buffers=self._options.lanes + 1)
             self._gpu.admit(self, loaded.needs(self._lanes, kept))
             loaded.add_lane(self._capturing)
-        except BaseException:
+        except BaseException as exc:
             if loaded is not None:
                 loaded.free()
             self._gpu.evicted(self)
+            if isinstance(exc, EngineFailed):
+                self._gpu.device.check()
             raise
         self._loaded = loaded
         return loaded

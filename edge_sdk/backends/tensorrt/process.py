@@ -39,8 +39,8 @@ __all__ = ["Plan", "PlanOrder", "compile_plan"]
 
 _CHILD = "edge_sdk.backends.tensorrt.child"
 _LOOK_EVERY_S = 0.1
-_SHARE_OF_MEMORY = 0.8
-"""Of the machine's, where the profile sets no limit."""
+_SHARE_OF_MEMORY = 0.6
+"""Of the machine's, where the profile sets no limit: less than systemd lets the service have, with the daemon."""
 _BEFORE_THE_END = 0.99
 """TensorRT is done before the plan is written."""
 _TAIL_BYTES = 4096

@@ -31,10 +31,6 @@ class ShapeRange:
     best: tuple[int, ...]
     largest: tuple[int, ...]
 
-    @property
-    def is_fixed(self) -> bool:
-        return self.smallest == self.largest
-
 
 def shape_ranges(
     inputs: Sequence[TensorSpec], batching: BatchingRecord, axes: Mapping[str, Axis]

@@ -283,7 +283,7 @@ class PlanFile:
 
     def __init__(self, folder: int, name: str) -> None:
         """The file `name` in an open folder; OSError if it cannot be opened."""
-        self._descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
+        self._descriptor = _opened(name, folder)
         weakref.finalize(self, os.close, self._descriptor)
 
     def read(self) -> bytes:
@@ -300,10 +300,19 @@ def open_engine(folder: Path, plan: str = PLAN, sidecar: str = SIDECAR) -> tuple
     """A plan and what its sidecar says, from one folder even while another process exchanges it. Raises OSError."""
     directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with os.fdopen(os.open(sidecar, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory), "rb") as described:
+        with os.fdopen(_opened(sidecar, directory), "rb") as described:
             return PlanFile(directory, plan), described.read(MAX_SIDECAR_BYTES + 1)
     finally:
         os.close(directory)
+
+
+def _opened(name: str, folder: int) -> int:
+    """A file in an open folder, to be read. OSError also for what is no file: nobody may ever write into a pipe."""
+    descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, f"{name} is no file")
+    return descriptor
 
 
 def _digest(value: Mapping[str, object]) -> str:

@@ -14,6 +14,7 @@ import pytest
 
 from edge_sdk.backends.tensorrt import api
 from edge_sdk.backends.tensorrt.api import ADAPTERS, Api, Api8, Api10, Api11, ApiRtx
+from edge_sdk.backends.tensorrt.compiling import Draft
 from edge_sdk.backends.tensorrt.names import lacking
 from edge_sdk.backends.tensorrt.refusals import fallback_notes
 from edge_sdk.errors import BackendUnavailable, EngineFailed, ProfileError
@@ -166,6 +167,17 @@ def test_what_is_not_installed() -> None:
         api.open_api("tensorrt")
 
 
+def test_a_folder_of_that_name_is_no_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python calls any folder a package. One that lies where the service was started has no TensorRT in it."""
+    if importlib.util.find_spec("tensorrt") is not None:
+        pytest.skip("tensorrt is installed")
+    (tmp_path / "tensorrt").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+
+    assert importlib.util.find_spec("tensorrt") is not None
+    assert api.find("tensorrt") is None
+
+
 def test_nothing_of_the_vendor_is_loaded_before_it_is_opened() -> None:
     """Neither importing the adapters nor looking for TensorRT loads it."""
     program = (
@@ -235,6 +247,27 @@ def test_our_profiles_ask_for_nothing_impossible(rtx: Api) -> None:
             rtx.refuse(asked, asked.compute_capabilities, gpu=False)
 
     assert {"tensorrt", "tensorrt_rtx"} == {asked.flavour for asked in wanted}
+
+
+def test_every_lane_of_8_6_has_the_profile() -> None:
+    """It lets contexts share a profile only if it is built so, and gives it to the first of them alone (its
+    documentation). The engine and the settings are stand-ins that note what they are told."""
+    adapter = opened("8.6.1")
+    assert isinstance(adapter, Api8)
+    told: list[tuple[Any, bool]] = []
+    config = SimpleNamespace(set_preview_feature=lambda feature, on: told.append((feature, on)))
+    network = SimpleNamespace(num_layers=0)
+    adapter.trt.PreviewFeature.PROFILE_SHARING_0806 = "sharing"
+    adapter.set_modes(Draft(None, network, None, config), options(), ())
+    profiles = iter([0, -1])
+    engine = SimpleNamespace(
+        create_execution_context_without_device_memory=lambda: SimpleNamespace(
+            active_optimization_profile=next(profiles)
+        )
+    )
+
+    assert [("sharing", True)] == told
+    assert [0, 0] == [adapter.create_context(engine, False).active_optimization_profile for _ in range(2)]
 
 
 def test_layers_left_to_the_gpu_are_named() -> None:

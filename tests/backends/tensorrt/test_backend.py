@@ -220,6 +220,15 @@ def test_half_an_engine_is_refused(package: EnginePackage, store: Path, missing:
     assert "it is not among the package's files" in refused(resealed(package), store)
 
 
+@pytest.mark.parametrize("place", [PLAN, SIDECAR])
+def test_a_pipe_in_the_place_of_an_engine_is_refused(package: EnginePackage, store: Path, place: str) -> None:
+    """It is not waited for: whoever opened it to write may never come."""
+    (package.path / place).unlink()
+    os.mkfifo(package.path / place)
+
+    assert f"it cannot be read: {place} is no file" in refused(package, store)
+
+
 def test_another_profiles_engine_is_refused(tmp_path: Path, store: Path) -> None:
     """A real engine for an RTX 40, signed here, on an RTX 30."""
     there = backend(store)

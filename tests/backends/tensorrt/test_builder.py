@@ -24,6 +24,7 @@ from edge_sdk.backends.tensorrt.sidecar import PLAN
 from edge_sdk.errors import EngineFailed, ModelError, ProfileError
 from tests.backends.tensorrt.plans import build, order_for
 from tests.compile.graphs import conv_net
+from tests.packages import scaling
 
 pytest.importorskip("tensorrt_rtx", reason="needs the extra [rtx]")
 
@@ -47,6 +48,15 @@ def test_a_plan_for_every_target(squeezenet: bytes, targets: tuple[str, ...], tm
     assert 0 < plan.seconds < 120
     assert ("tensorrt_rtx", open_api("tensorrt_rtx").version, ()) == (plan.flavour, plan.version, plan.notes)
     assert (targets or "portable") == plan.settings["targets"]
+
+
+def test_a_free_axis_with_one_size(tmp_path: Path) -> None:
+    """`max_batch = 1`: TensorRT wants to be told that, too."""
+    one = ShapeRange((1, 4), (1, 4), (1, 4))
+    order = replace(order_for(scaling(2.0).SerializeToString(), "8.6"), shapes={"x": one})
+    plan = compile_plan(scaling(2.0).SerializeToString(), order, tmp_path, progress=lambda _: None, considerate=False)
+
+    assert 0 < plan.file.stat().st_size
 
 
 @pytest.mark.parametrize("targets", [(), ("8.6",)])

@@ -758,6 +758,26 @@ def test_what_tensorrt_refuses_is_engine_failed(bench: Bench) -> None:
     bench.cuda._sticky = ""  # the fixture wants everything given back
 
 
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_what_fails_to_load_on_a_lost_device_is_device_lost(comes_back: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT answers with None, whatever it is that CUDA told it: asked at once, CUDA says it to us too."""
+    bench = Bench(SimulatedCuda())
+    engine = bench.load(packages.scaling(2.0))
+    bench.gpu.evict_idle(but=object())  # type: ignore[arg-type]  # nobody's name
+
+    def deserialize(plan: bytes, *, graph: bytes | None) -> Any:
+        bench.cuda._sticky = "CUDA_ERROR_LAUNCH_FAILED"
+        raise EngineFailed("The simulated TensorRT could not load the engine; it says: nothing.")
+
+    monkeypatch.setattr(bench.api, "deserialize", deserialize)
+    with pytest.raises(DeviceLost) as lost:
+        ask(engine, 1) if comes_back else bench.load(packages.scaling(3.0))
+
+    assert isinstance(lost.value.__context__, EngineFailed)
+
+    bench.close()
+
+
 def test_a_plan_that_is_none(bench: Bench) -> None:
     """EngineFailed as TensorRT says it, and the place that was booked is free again."""
     bench.gpu.join()
