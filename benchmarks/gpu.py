@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,8 +35,8 @@ from edge_sdk.backends.base import installed_version, no_progress
 from edge_sdk.backends.onnxruntime import OnnxRuntimeBackend
 from edge_sdk.backends.registry import rebuild
 from edge_sdk.backends.tensorrt import api
-from edge_sdk.backends.tensorrt.backend import Opening, TensorRTBackend
-from edge_sdk.backends.tensorrt.executor import Options, TensorRTEngine, open_engine
+from edge_sdk.backends.tensorrt.backend import TensorRTBackend, open_with_executor
+from edge_sdk.backends.tensorrt.executor import Options, TensorRTEngine
 from edge_sdk.compile.pipeline import build_engine
 from edge_sdk.errors import BackendUnavailable, EdgeSdkError
 from edge_sdk.package import GRAPH, EnginePackage
@@ -158,18 +159,8 @@ def opener_of(package: EnginePackage, store: Path) -> Opened:
     """What loads a package's engine by the backend, with everything that checks."""
 
     def opened(options: Options) -> TensorRTEngine:
-        def opener(plan: Callable[[], bytes], opening: Opening) -> TensorRTEngine:
-            return open_engine(
-                plan,
-                api=api.open_api(opening.flavour),
-                profile=opening.profile,
-                inputs=opening.inputs,
-                outputs=opening.outputs,
-                graph=opening.graph,
-                options=options,
-            )
-
-        return cast("TensorRTEngine", TensorRTBackend(store, opener=opener).load(package, package.profile()))
+        backend = TensorRTBackend(store, opener=partial(open_with_executor, options=options))
+        return cast("TensorRTEngine", backend.load(package, package.profile()))
 
     return opened
 

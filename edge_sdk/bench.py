@@ -121,7 +121,14 @@ def device_figures(package: EnginePackage, *, seconds: float) -> DeviceFigures |
         for array in feeds.values():
             array.fill(0)
         taken: list[DeviceTime] = []
-        wall_ms = _median_ms(engine, feeds, seconds / 2, lambda: taken.append(engine.device_time() or _NO_TIME))
+
+        def note() -> None:
+            if (of_batch := engine.device_time()) is not None:
+                taken.append(of_batch)
+
+        wall_ms = _median_ms(engine, feeds, seconds / 2, note)
+    if not taken:
+        return None
     try:
         peer = OnnxRuntimeBackend().load_on_cuda(package.read(GRAPH), package.profile())
     except (BackendUnavailable, EngineFailed):
@@ -131,9 +138,6 @@ def device_figures(package: EnginePackage, *, seconds: float) -> DeviceFigures |
             peer_ms = _median_ms(peer, feeds, seconds / 2)
     total_ms, compute_ms = (round(float(np.median([time[part] for time in taken])), 4) for part in (0, 1))
     return DeviceFigures(batch, wall_ms, total_ms, compute_ms, peer_ms)
-
-
-_NO_TIME = DeviceTime(float("nan"), float("nan"))
 
 
 def _median_ms(engine: Engine, feeds: Feeds, seconds: float, each: Callable[[], object] = lambda: None) -> float:

@@ -299,13 +299,14 @@ class Daemon:
 
     def _publish(self, message: Message) -> int | None:
         """The handle; None where the broker takes nothing of the kind, not even without a payload."""
-        empty = Message(message.topic, b"", qos=message.qos, retain=message.retain)
-        for candidate in (message, empty):
-            try:
-                return self._transport.publish(candidate)
-            except TooLarge as exc:
-                self._tell_unpublished(message.topic, exc)
-        return None
+        try:
+            return self._transport.publish(message)
+        except TooLarge as exc:
+            self._tell_unpublished(message.topic, exc)
+        try:
+            return self._transport.publish(Message(message.topic, b"", qos=message.qos, retain=message.retain))
+        except TooLarge:
+            return None
 
     def _tell_unpublished(self, topic: str, exc: TooLarge) -> None:
         if (now := time.monotonic()) - self._unpublished_told_at >= 60:

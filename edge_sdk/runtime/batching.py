@@ -76,8 +76,11 @@ class BatchPlanner:
         """
         superseded = self._of_client(request.client) if self.newest_wins else []
         victims = self._in_the_way(request, superseded)  # before anybody has to leave: it may be refused
-        displaced = [Answer(older.ticket, _superseded(older)) for older in self._leave(superseded)]
-        displaced += [Answer(victim.ticket, self._full(victim)) for victim in self._leave(victims)]
+        displaced: list[Answer] = []
+        if superseded:
+            displaced += [Answer(older.ticket, _superseded(older)) for older in self._leave(superseded)]
+        if victims:
+            displaced += [Answer(victim.ticket, self._full(victim)) for victim in self._leave(victims)]
         flow = (request.client, request.priority)
         if (waiting := self._flows.get(flow)) is None:
             waiting = self._flows[flow] = deque()

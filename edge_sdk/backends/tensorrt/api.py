@@ -127,7 +127,7 @@ def _imported(flavour: str) -> ModuleType:
     if flavour == "tensorrt_rtx":
         import tensorrt_rtx
 
-        return tensorrt_rtx  # type: ignore[no-any-return]
+        return tensorrt_rtx  # type: ignore[no-any-return]  # it is not there for mypy
     import tensorrt
 
-    return tensorrt  # type: ignore[no-any-return]
+    return tensorrt  # type: ignore[no-any-return]  # nor is this one

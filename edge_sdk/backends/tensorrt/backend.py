@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge_sdk.backends import cuda
 from edge_sdk.backends.base import Availability, Engine, EngineOrder, Progress, no_progress
@@ -39,6 +40,9 @@ from edge_sdk.package import GRAPH, BatchingRecord, EnginePackage, EngineRecord
 from edge_sdk.profiles import DeviceProfile, Machine, TensorRTOptions
 from edge_sdk.tensors import TensorSpec
 
+if TYPE_CHECKING:  # loaded when an engine is opened
+    from edge_sdk.backends.tensorrt.executor import Options, TensorRTEngine
+
 _MEASURING = BatchingRecord(max_batch=32, best_batch=8)
 """Of an engine made straight from a graph, which no manifest describes."""
 _SHOWN = 3
@@ -62,8 +66,8 @@ Opener = Callable[[Callable[[], bytes], Opening], Engine]
 Raises as `executor.open_engine` does."""
 
 
-def open_with_executor(plan: Callable[[], bytes], opening: Opening) -> Engine:
-    """TensorRT itself: needs the GPU."""
+def open_with_executor(plan: Callable[[], bytes], opening: Opening, options: Options | None = None) -> TensorRTEngine:
+    """TensorRT itself: needs the GPU. Without `options`, as the profile says."""
     from edge_sdk.backends.tensorrt.executor import open_engine
 
     return open_engine(
@@ -73,6 +77,7 @@ def open_with_executor(plan: Callable[[], bytes], opening: Opening) -> Engine:
         inputs=opening.inputs,
         outputs=opening.outputs,
         graph=opening.graph,
+        options=options,
     )
 
 

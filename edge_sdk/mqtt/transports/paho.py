@@ -328,7 +328,7 @@ class PahoTransport:
         while messages_left > 0 and bytes_left > 0 and self._sock is not None:
             room = inbox.room()
             try:
-                count = sock.recv_into(room)  # type: ignore[union-attr]
+                count = sock.recv_into(room)  # type: ignore[union-attr]  # the loop ends where it is None
             except (BlockingIOError, ssl.SSLWantReadError):
                 return
             if not count:
