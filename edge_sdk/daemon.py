@@ -34,37 +34,28 @@ from edge_sdk.backends.registry import usable_profile
 from edge_sdk.errors import (
     DeadlineExceeded,
     DeviceLost,
-    EdgeSdkError,
     IdReused,
     ProfileError,
     RequestError,
     SettingsError,
-    TooLarge,
     Unavailable,
 )
 from edge_sdk.mqtt import presence
 from edge_sdk.mqtt.address import connect_options
 from edge_sdk.mqtt.codec import Codec
-from edge_sdk.mqtt.reconnection import Reconnection
-from edge_sdk.mqtt.session import Acknowledge, Publish, Record, ReplyRoute, Session
+from edge_sdk.mqtt.link import Link
+from edge_sdk.mqtt.session import Record, ReplyRoute, Session
 from edge_sdk.mqtt.topics import Topics
 from edge_sdk.mqtt.transports.base import (
-    FAILURE,
-    SESSION_TAKEN_OVER,
-    Acknowledged,
-    Closed,
-    Connected,
     ConnectOptions,
     Event,
     Message,
+    MqttVersion,
     Properties,
     Received,
-    Refused,
-    Subscribed,
     Transport,
     Will,
 )
-from edge_sdk.mqtt.transports.packets import publish_size
 from edge_sdk.notify import Notifier, watchdog_interval_s
 from edge_sdk.profiles import DeviceProfile, Machine, load_profile
 from edge_sdk.runtime.batching import QueueLimits
@@ -81,7 +72,6 @@ if TYPE_CHECKING:  # what few daemons use is loaded by those that do
 
 log = logging.getLogger(__name__)
 
-OPEN_TIMEOUT_S = 5.0
 WILL_DELAY_S = 10
 IDLE_POLL_S = 1.0
 HEALTH_PATIENCE_S = 15.0
@@ -105,7 +95,6 @@ class Daemon:
     ) -> None:
         """`reread` gives the settings anew on SIGHUP, or raises SettingsError."""
         self._settings = settings
-        self._transport = transport
         self._reread = reread
         self._notifier = notifier or Notifier()
         self._topics = Topics(settings.root, settings.device)
@@ -118,12 +107,19 @@ class Daemon:
             reply_prefixes=settings.reply_prefixes,
             qos=self._qos,
         )
-        self._reconnection = Reconnection(settings.broker.protocol)
-        self._session = Session(
-            packet_size=lambda message: publish_size(message, self._reconnection.version),
+        self._link = Link(
+            transport,
+            protocol=settings.broker.protocol,
+            options=self._connect_options,
+            subscriptions=self._topics.subscriptions(),
+            qos=self._qos,
             too_large=self._codec.too_large,
             durable=settings.delivery == "durable",
+            on_connected=self._on_connected,
+            on_trouble=self._on_trouble,
+            write_down=self._write_down,
         )
+        self._session = self._link.session
         self._journal = _opened_journal(settings, self._session)
         self._health = _opened_health(settings)
         machine = Machine.read()
@@ -154,11 +150,8 @@ class Daemon:
         self._awake_until = 0.0
         self._busy_poll_s = settings.serving.busy_poll_us / 1e6
         self._unroutable_told_at = -math.inf
-        self._unpublished_told_at = -math.inf
-        self._why_not_connected = ""
         self._watchdog_s = watchdog_interval_s()
         self._ready = False
-        self._may_retain = True
         self._unroutable = 0
         self._dropped = 0
         self._started = time.monotonic()
@@ -175,23 +168,26 @@ class Daemon:
     def stop(self) -> None:
         """From any thread, or a signal handler: begin to stop."""
         self._stop_requested = True
-        self._transport.wake()
+        self._link.wake()
 
     def reload(self) -> None:
         """From any thread, or a signal handler: look at the settings and the engines folder again."""
         self._reload_requested = True
-        self._transport.wake()
+        self._link.wake()
 
     # One turn: everything that has happened, and what follows from it
 
     def _turn(self, *, taking: bool) -> None:
         now = time.monotonic()
-        self._keep_connected(now)
+        self._link.keep_up(now)
         for event in self._poll(now):
-            self._handle(event, taking=taking)
+            if isinstance(event, Received):
+                self._receive(event, taking=taking)
+            else:
+                self._link.note(event)
         self._service.run_quick()
         self._finish_answers()
-        self._perform()
+        self._link.perform()
         self._keep_house(time.monotonic())
 
     def _poll(self, now: float) -> Sequence[Event]:
@@ -201,28 +197,16 @@ class Daemon:
         a processor longer than a small model does.
         """
         while now < self._awake_until and not self._answers and not self._service.waiting():
-            if events := self._transport.poll(0.0):
+            if events := self._link.poll(0.0):
                 return events
             now = time.monotonic()
-        return self._transport.poll(self._pause_s(now))
+        return self._link.poll(self._pause_s(now))
 
-    def _handle(self, event: Event, *, taking: bool) -> None:
-        match event:
-            case Received():
-                now = time.monotonic()
-                self._awake_until = now + self._busy_poll_s
-                if taking or event.packet_id is None:  # what is not acknowledged now, the broker keeps for the next
-                    self._take(event, now, taking=taking)
-            case Acknowledged():
-                self._session.acknowledged(event)
-            case Connected():
-                self._on_connected(event)
-            case Subscribed():
-                self._on_subscribed(event)
-            case Refused():
-                self._on_refused(event)
-            case Closed():
-                self._on_closed(event)
+    def _receive(self, event: Received, *, taking: bool) -> None:
+        now = time.monotonic()
+        self._awake_until = now + self._busy_poll_s
+        if taking or event.packet_id is None:  # what is not acknowledged now, the broker keeps for the next
+            self._take(event, now, taking=taking)
 
     def _take(self, event: Received, now: float, *, taking: bool) -> None:
         """A message: a request for the service, or something to be acknowledged and forgotten."""
@@ -282,48 +266,9 @@ class Daemon:
         for ticket in [ticket for ticket, (_, deadline) in self._routes.items() if deadline <= now]:
             self._answers.append(Answer(ticket, DeadlineExceeded("The deadline passed before the answer was there.")))
 
-    def _perform(self) -> None:
-        for action in self._session.due():
-            match action:
-                case Record():
-                    if self._journal is not None:
-                        self._journal.write(action, time.monotonic(), time.time())
-                case Publish():
-                    handle = self._publish(action.message)
-                    if handle is None:
-                        self._session.unsendable(action)
-                    else:
-                        self._session.published(action, handle)
-                case Acknowledge():
-                    self._transport.acknowledge(action.received)
-
-    def _publish(self, message: Message) -> int | None:
-        """The handle; None where the broker takes nothing of the kind, not even without a payload."""
-        try:
-            return self._transport.publish(message)
-        except TooLarge as exc:
-            self._tell_unpublished(message.topic, exc)
-        try:
-            return self._transport.publish(Message(message.topic, b"", qos=message.qos, retain=message.retain))
-        except TooLarge:
-            return None
-
-    def _tell_unpublished(self, topic: str, exc: TooLarge) -> None:
-        if (now := time.monotonic()) - self._unpublished_told_at >= 60:
-            self._unpublished_told_at = now
-            log.error("%s was not published: %s", topic, exc)
-
     # The connection
 
-    def _keep_connected(self, now: float) -> None:
-        if not self._reconnection.due(now):
-            return
-        try:
-            self._transport.open(self._connect_options(), timeout_s=self._reconnection.patience_s(OPEN_TIMEOUT_S))
-        except EdgeSdkError as exc:
-            self._tell(f"waiting for the broker: {exc.problem}", self._reconnection.failed(time.monotonic()))
-
-    def _connect_options(self) -> ConnectOptions:
+    def _connect_options(self, version: MqttVersion) -> ConnectOptions:
         broker = self._settings.broker
         password = self._settings.password()
         offline = Message(self._topics.availability, b"offline", retain=True)
@@ -332,7 +277,7 @@ class Daemon:
             client_id=f"edge-sdk-{self._settings.device}",
             username=broker.username,
             password=password.get_secret_value() if password is not None else None,
-            version=self._reconnection.version,
+            version=version,
             session_expiry_s=broker.session_expiry_s,
             keepalive_s=broker.keepalive_s,
             receive_maximum=broker.receive_maximum,
@@ -341,44 +286,16 @@ class Daemon:
             will=Will(offline, WILL_DELAY_S),
         )
 
-    def _on_connected(self, event: Connected) -> None:
-        self._reconnection.connected(time.monotonic())
-        log.info("Connected to %s, MQTT %s.", self._settings.broker.url, self._reconnection.version_name)
-        self._session.connected(event.limits, remembered=event.session_present)
-        self._why_not_connected = ""
-        self._notifier.status(self._status())
-        self._may_retain = event.limits.retain_available
-        self._transport.subscribe(self._topics.subscriptions(), qos=self._qos, retained=False)
+    def _on_connected(self) -> None:
         self._announced.clear()
         self._changed = True
 
-    def _on_subscribed(self, event: Subscribed) -> None:
-        refused = [code for code in event.codes if code >= FAILURE]
-        if refused:
-            log.error(
-                "The broker refused a subscription (reason %#04x), so requests will not arrive: allow this device to "
-                "read %s.", refused[0], ", ".join(self._topics.subscriptions()),
-            )  # fmt: skip
-
-    def _on_refused(self, event: Refused) -> None:
-        if pause_s := self._reconnection.refused(event.code, time.monotonic()):
-            self._tell(f"the broker refused the connection: {event.reason}", pause_s)
-
-    def _on_closed(self, event: Closed) -> None:
-        self._session.closed()
-        reason = f"the connection was lost: {event.reason}"
-        if event.code == SESSION_TAKEN_OVER:
-            reason = f"another client uses the id edge-sdk-{self._settings.device}; give each daemon its own `device`"
-        elif self._reconnection.may_have_a_rival:
-            reason += f" (again and again: does another client use the id edge-sdk-{self._settings.device}?)"
-        if pause_s := self._reconnection.closed(event.code, time.monotonic()):
-            self._tell(reason, pause_s)
-
-    def _tell(self, why: str, pause_s: float) -> None:
-        """Say why there is no connection: to the log, and to whoever asks systemd."""
-        log.warning("%s; trying again in %.1f s.", why[0].upper() + why[1:], pause_s)
-        self._why_not_connected = why
+    def _on_trouble(self) -> None:
         self._notifier.status(self._status())
+
+    def _write_down(self, record: Record) -> None:
+        if self._journal is not None:
+            self._journal.write(record, time.monotonic(), time.time())
 
     # What is known about us
 
@@ -396,7 +313,7 @@ class Daemon:
             if self._announced.get(topic) != payload:
                 is_json = topic != self._topics.availability
                 properties = Properties(content_type=JSON if is_json else None)
-                self._session.announce(Message(topic, payload, retain=self._may_retain, properties=properties))
+                self._session.announce(Message(topic, payload, retain=self._link.may_retain, properties=properties))
         self._announced = current
 
     def _info(self, models: dict[str, list[ServedModel]]) -> dict[str, Any]:
@@ -413,10 +330,10 @@ class Daemon:
         if self._reload_requested:
             self._reload_requested = False
             self._reload()
-        if self._changed and self._reconnection.is_connected:
+        if self._changed and self._link.is_connected:
             self._changed = False
             self._announce()
-            self._perform()
+            self._link.perform()
         if not self._ready and self._service.settled:
             self._ready = True
             self._notifier.ready(self._status())
@@ -428,8 +345,8 @@ class Daemon:
                 self._health.update(self._stats(now), ready=self._is_ready())
         if now >= self._stats_at:
             self._stats_at = now + self._settings.stats_interval_s
-            if self._reconnection.is_connected:
-                self._publish(
+            if self._link.is_connected:
+                self._link.publish(
                     Message(
                         self._topics.stats,
                         dump_json(self._stats(now)),
@@ -455,21 +372,21 @@ class Daemon:
 
     def _is_ready(self) -> bool:
         """Whether requests come in, and some model answers them."""
-        return self._reconnection.is_connected and any(model.answers for model in self._service.models())
+        return self._link.is_connected and any(model.answers for model in self._service.models())
 
     def _status(self) -> str:
         models = self._service.models()
         ready = sum(model.answers for model in models)
         are_ready = f"{ready} of {len(models)} models ready"
-        if self._why_not_connected:
-            return f"Not connected: {self._why_not_connected} ({are_ready})"
-        return f"{are_ready}, {'connected' if self._reconnection.is_connected else 'not connected'}"
+        if self._link.trouble:
+            return f"Not connected: {self._link.trouble} ({are_ready})"
+        return f"{are_ready}, {'connected' if self._link.is_connected else 'not connected'}"
 
     def _pause_s(self, now: float) -> float:
         """How long the next poll may wait for something to happen."""
-        if self._answers or self._stop_requested or (self._changed and self._reconnection.is_connected):
+        if self._answers or self._stop_requested or (self._changed and self._link.is_connected):
             return 0.0
-        moments = [now + IDLE_POLL_S, self._stats_at, self._reconnection.next_at]
+        moments = [now + IDLE_POLL_S, self._stats_at, self._link.next_at]
         if (quick_at := self._service.wake_at()) is not None:
             moments.append(quick_at)
         return max(0.0, min(moments) - now)
@@ -506,13 +423,13 @@ class Daemon:
         deadline = time.monotonic() + drain_s
         while time.monotonic() < deadline and not self._finished():
             self._turn(taking=False)
-        if self._reconnection.is_connected:
-            self._session.announce(Message(self._topics.availability, b"offline", retain=self._may_retain))
-            self._perform()
-        while time.monotonic() < deadline and self._reconnection.is_connected and not self._session.idle:
+        if self._link.is_connected:
+            self._session.announce(Message(self._topics.availability, b"offline", retain=self._link.may_retain))
+            self._link.perform()
+        while time.monotonic() < deadline and self._link.is_connected and not self._session.idle:
             self._turn(taking=False)
         # What could not be said is left to the will: else the device would look online for ever.
-        self._transport.close(send_will=not self._session.idle)
+        self._link.close(send_will=not self._session.idle)
         left = self._service.waiting()
         self._service.stop(limit_s=2.0)
         hard_stop.cancel()
@@ -527,18 +444,18 @@ class Daemon:
         """Whether nothing accepted is left to do. Without a connection, answers have nowhere to go: the broker, which
         has no acknowledgement, gives those requests to the next daemon."""
         computing = self._service.waiting() or self._answers
-        return not computing and (self._session.idle or not self._reconnection.is_connected)
+        return not computing and (self._session.idle or not self._link.is_connected)
 
     # From other threads, and from signal handlers: only take note
 
     def _note_answer(self, answer: Answer) -> None:
         self._answers.append(answer)
         if threading.get_ident() != self._owner:
-            self._transport.wake()
+            self._link.wake()
 
     def _note_change(self) -> None:
         self._changed = True
-        self._transport.wake()
+        self._link.wake()
 
     def _on_stop_signal(self, _number: int, _frame: FrameType | None) -> None:
         self.stop()

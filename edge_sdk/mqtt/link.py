@@ -1,0 +1,207 @@
+"""One connection to the broker, kept up, with the session that lives on it.
+
+    link.keep_up(now)                       # opens the next connection when its time has come
+    for event in link.poll(timeout_s):
+        if isinstance(event, Received):
+            ...                             # the caller's, who tells link.session
+        else:
+            link.note(event)
+    link.perform()                          # what the session says may be done now
+
+When to connect is `reconnection`'s to decide, what may be sent and acknowledged `session`'s; here it is done, and where
+there is no connection, the reason is told. One thread owns a link; only `wake` may be called from another.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from edge_sdk.errors import EdgeSdkError, TooLarge
+from edge_sdk.mqtt.negotiation import ProtocolSetting
+from edge_sdk.mqtt.reconnection import Reconnection
+from edge_sdk.mqtt.session import Acknowledge, Publish, Record, Session
+from edge_sdk.mqtt.transports.base import (
+    FAILURE,
+    SESSION_TAKEN_OVER,
+    Acknowledged,
+    BrokerLimits,
+    Closed,
+    Connected,
+    ConnectOptions,
+    Event,
+    Message,
+    MqttVersion,
+    Refused,
+    Subscribed,
+    Transport,
+)
+from edge_sdk.mqtt.transports.packets import publish_size
+
+log = logging.getLogger(__name__)
+
+OPEN_TIMEOUT_S = 5.0
+
+
+class Link:
+    """A connection, its session, and what is known of both."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        protocol: ProtocolSetting,
+        options: Callable[[MqttVersion], ConnectOptions],
+        subscriptions: Sequence[str],
+        qos: Literal[0, 1],
+        too_large: Callable[[Message, int], Message],
+        durable: bool = False,
+        on_connected: Callable[[], None],
+        on_trouble: Callable[[], None],
+        write_down: Callable[[Record], None] | None = None,
+    ) -> None:
+        """`options` gives what each connection is opened with; `on_trouble` is told of each change of `trouble`.
+
+        `write_down` keeps what a `durable` session wants written before anything after it is done.
+        """
+        self.trouble = ""
+        """Why there is no connection; empty while there is one, and before the first attempt."""
+        self.session = Session(
+            packet_size=lambda message: publish_size(message, self._reconnection.version),
+            too_large=too_large,
+            durable=durable,
+        )
+        self._transport = transport
+        self._reconnection = Reconnection(protocol)
+        self._options = options
+        self._subscriptions = tuple(subscriptions)
+        self._qos: Literal[0, 1] = qos
+        self._on_connected = on_connected
+        self._on_trouble = on_trouble
+        self._write_down = write_down
+        self._limits = BrokerLimits()
+        self._client_id = self._broker = ""
+        self._unpublished_told_at = -math.inf
+
+    @property
+    def is_connected(self) -> bool:
+        return self._reconnection.is_connected
+
+    @property
+    def may_retain(self) -> bool:
+        return self._limits.retain_available
+
+    @property
+    def next_at(self) -> float:
+        """When the next connection is to be opened; infinity while one stands or is on its way."""
+        return self._reconnection.next_at
+
+    def keep_up(self, now: float) -> None:
+        """Open the next connection if it is due. This waits for TCP and TLS, at most OPEN_TIMEOUT_S."""
+        if not self._reconnection.due(now):
+            return
+        try:
+            options = self._options(self._reconnection.version)
+            self._client_id, self._broker = options.client_id, f"{options.host}:{options.port}"
+            self._transport.open(options, timeout_s=self._reconnection.patience_s(OPEN_TIMEOUT_S))
+        except EdgeSdkError as exc:
+            self._tell(f"waiting for the broker: {exc.problem}", self._reconnection.failed(time.monotonic()))
+
+    def poll(self, timeout_s: float) -> Sequence[Event]:
+        return self._transport.poll(timeout_s)
+
+    def wake(self) -> None:
+        """From any thread: let `poll` return now."""
+        self._transport.wake()
+
+    def note(self, event: Event) -> None:
+        """Take in what happened to the connection, and to what was sent."""
+        match event:
+            case Acknowledged():
+                self.session.acknowledged(event)
+            case Connected():
+                self._connected(event)
+            case Subscribed():
+                self._subscribed(event)
+            case Refused():
+                self._refused(event)
+            case Closed():
+                self._closed(event)
+
+    def perform(self) -> None:
+        """Do, in order, what the session says may be done now."""
+        for action in self.session.due():
+            match action:
+                case Record():
+                    if self._write_down is not None:
+                        self._write_down(action)
+                case Publish():
+                    handle = self.publish(action.message)
+                    if handle is None:
+                        self.session.unsendable(action)
+                    else:
+                        self.session.published(action, handle)
+                case Acknowledge():
+                    self._transport.acknowledge(action.received)
+
+    def publish(self, message: Message) -> int | None:
+        """Publish past the session. The handle; None where the broker takes nothing of the kind, not even empty."""
+        try:
+            return self._transport.publish(message)
+        except TooLarge as exc:
+            self._tell_unpublished(message.topic, exc)
+        try:
+            return self._transport.publish(Message(message.topic, b"", qos=message.qos, retain=message.retain))
+        except TooLarge:
+            return None
+
+    def close(self, *, send_will: bool) -> None:
+        """Send what is queued, then leave; `send_will` lets the broker publish the will all the same."""
+        self._transport.close(send_will=send_will)
+
+    def _connected(self, event: Connected) -> None:
+        self._reconnection.connected(time.monotonic())
+        log.info("Connected to %s as %s, MQTT %s.", self._broker, self._client_id, self._reconnection.version_name)
+        self.session.connected(event.limits, remembered=event.session_present)
+        self._limits = event.limits
+        self.trouble = ""
+        self._on_trouble()
+        self._transport.subscribe(self._subscriptions, qos=self._qos, retained=False)
+        self._on_connected()
+
+    def _subscribed(self, event: Subscribed) -> None:
+        refused = [code for code in event.codes if code >= FAILURE]
+        if refused:
+            log.error(
+                "The broker refused a subscription (reason %#04x), so requests will not arrive: allow %s to read %s.",
+                refused[0], self._client_id, ", ".join(self._subscriptions),
+            )  # fmt: skip
+
+    def _refused(self, event: Refused) -> None:
+        if pause_s := self._reconnection.refused(event.code, time.monotonic()):
+            self._tell(f"the broker refused the connection: {event.reason}", pause_s)
+
+    def _closed(self, event: Closed) -> None:
+        self.session.closed()
+        reason = f"the connection was lost: {event.reason}"
+        if event.code == SESSION_TAKEN_OVER:
+            reason = f"another client uses the id {self._client_id}; give each daemon its own `device`"
+        elif self._reconnection.may_have_a_rival:
+            reason += f" (again and again: does another client use the id {self._client_id}?)"
+        if pause_s := self._reconnection.closed(event.code, time.monotonic()):
+            self._tell(reason, pause_s)
+
+    def _tell(self, why: str, pause_s: float) -> None:
+        """Say why there is no connection: to the log, and to whoever is told of trouble."""
+        log.warning("%s; trying again in %.1f s.", why[0].upper() + why[1:], pause_s)
+        self.trouble = why
+        self._on_trouble()
+
+    def _tell_unpublished(self, topic: str, exc: TooLarge) -> None:
+        """At most once a minute."""
+        if (now := time.monotonic()) - self._unpublished_told_at >= 60:
+            self._unpublished_told_at = now
+            log.error("%s was not published: %s", topic, exc)
