@@ -36,6 +36,7 @@ from edge_sdk.errors import (
     DeviceLost,
     IdReused,
     ProfileError,
+    QueueFull,
     RequestError,
     SettingsError,
     Unavailable,
@@ -69,6 +70,7 @@ from edge_sdk.tasks.oip import dump_json
 if TYPE_CHECKING:  # what few daemons use is loaded by those that do
     from edge_sdk.health import Health
     from edge_sdk.mqtt.journal import Journal
+    from edge_sdk.mqtt.rate import ClientRates
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +122,7 @@ class Daemon:
             write_down=self._write_down,
         )
         self._session = self._link.session
+        self._rates = _client_rates(settings)
         self._journal = _opened_journal(settings, self._session)
         self._health = _opened_health(settings)
         machine = Machine.read()
@@ -154,6 +157,7 @@ class Daemon:
         self._ready = False
         self._unroutable = 0
         self._dropped = 0
+        self._limited = 0
         self._started = time.monotonic()
 
     def run(self) -> int:
@@ -230,12 +234,24 @@ class Daemon:
                 raise Unavailable("The device is stopping.", retry_after_ms=1000)
             if intake.fate == "reused":
                 raise IdReused("This id was used before, with another payload.", fix="Give each request its own.")
+            if self._rates is not None:
+                self._check_rate(self._rates, self._codec.client(message, address), now)
             request = self._codec.request(event, address, intake.ticket, now)
         except RequestError as exc:
             self._answers.append(Answer(intake.ticket, exc))
             return
         self._routes[intake.ticket] = (route, request.deadline)
         self._service.submit(request)
+
+    def _check_rate(self, rates: ClientRates, client: str, now: float) -> None:
+        """Raises QueueFull for a client that asks more often than it may."""
+        if wait_s := rates.take(client, now):
+            self._limited += 1
+            raise QueueFull(
+                f"This client asks more often than {self._settings.limits.client_rate:g} times a second.",
+                fix="Try again later.",
+                retry_after_ms=math.ceil(wait_s * 1000),
+            )
 
     def _note_unroutable(self, message: Message, now: float) -> None:
         """Count it, and say so at most once a minute: its sender waits for an answer that cannot come."""
@@ -360,7 +376,12 @@ class Daemon:
             self._notifier.alive()
 
     def _stats(self, now: float) -> dict[str, Any]:
-        mqtt = {**asdict(self._session.counts), "unroutable": self._unroutable, "dropped": self._dropped}
+        mqtt = {
+            **asdict(self._session.counts),
+            "unroutable": self._unroutable,
+            "dropped": self._dropped,
+            "limited": self._limited,
+        }
         journal = {"journal": self._journal.problem or "ok"} if self._journal is not None else {}
         return {
             "uptime_s": round(now - self._started, 1),
@@ -493,6 +514,16 @@ def _opened_journal(settings: Settings, session: Session) -> Journal | None:
     now = time.monotonic()
     session.restore(journal.load(now, time.time()), now)
     return journal
+
+
+def _client_rates(settings: Settings) -> ClientRates | None:
+    """What limits each client; None where nothing does."""
+    limits = settings.limits
+    if not limits.client_rate:
+        return None
+    from edge_sdk.mqtt.rate import ClientRates
+
+    return ClientRates(limits.client_rate, limits.client_burst)
 
 
 def _opened_health(settings: Settings) -> Health | None:

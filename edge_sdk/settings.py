@@ -72,6 +72,10 @@ class Limits(Table):
     max_queue: int = Field(default=256, ge=1)
     """Requests that may wait for one model; beyond it, 429."""
     max_queue_bytes: int = Field(default=67_108_864, ge=1)
+    client_rate: float = Field(default=0.0, ge=0)
+    """Requests a second of one client; beyond it, 429. 0: as many as it likes, as long as there is room."""
+    client_burst: int = Field(default=10, ge=1)
+    """Requests that a client which was silent may send at once, where `client_rate` limits it."""
     request_timeout_s: float = Field(default=30.0, gt=0)
     """The deadline of a request that brings none."""
     drain_s: float = Field(default=10.0, ge=0, le=15)

@@ -50,6 +50,10 @@ class Codec:
         identifies = address.client is not None or properties.correlation_data is not None
         return ReplyRoute(topic, properties.correlation_data, identifies)
 
+    def client(self, message: Message, address: InferTopic) -> str:
+        """Who asks, as far as the message tells."""
+        return address.client or self.topics.client_of(message.properties.response_topic)
+
     def request(self, received: Received, address: InferTopic, ticket: int, now: float) -> Request:
         """The request in a message; raises Malformed, TooLarge or UnsupportedType."""
         message, properties = received.message, received.message.properties
@@ -73,7 +77,7 @@ class Codec:
             ),
             received=now,
             deadline=now + timeout_s,
-            client=address.client or self.topics.client_of(properties.response_topic),
+            client=self.client(message, address),
             priority=_priority(properties.user_value("priority")),
         )
 
