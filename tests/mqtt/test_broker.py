@@ -171,7 +171,7 @@ def test_the_probe_closes_what_it_opened(monkeypatch: pytest.MonkeyPatch, answer
     class Closing(PahoTransport):
         def close(self, *, send_will: bool = False) -> None:
             super().close(send_will=send_will)
-            closed.append(self._sock is None)
+            closed.append(self._pipe is None)
 
     monkeypatch.setattr(broker_module, "PahoTransport", Closing)
     if answer is None:

@@ -57,7 +57,7 @@ def test_a_name_server_that_is_silent_costs_the_time_given(monkeypatch: pytest.M
             go_on.wait(10)
             return found(("127.0.0.1", port))
 
-        monkeypatch.setattr("edge_sdk.mqtt.transports.paho.socket.getaddrinfo", slow)
+        monkeypatch.setattr("edge_sdk.mqtt.transports.pipes.socket.getaddrinfo", slow)
         driver = Driver(PahoTransport(), ConnectOptions("broker.example", 1, "c"))
         for _ in range(3):
             begun = time.monotonic()
@@ -75,7 +75,7 @@ def test_dead_addresses_share_the_time(monkeypatch: pytest.MonkeyPatch, black_ho
     """A broker with two dead addresses before a good one is reached in time; with only dead ones it is given up."""
     with fake_broker(after_connect(CONNACK_5)) as port:
         addresses = found(black_hole, black_hole, ("127.0.0.1", port))
-        monkeypatch.setattr("edge_sdk.mqtt.transports.paho.socket.getaddrinfo", lambda *_, **__: addresses)
+        monkeypatch.setattr("edge_sdk.mqtt.transports.pipes.socket.getaddrinfo", lambda *_, **__: addresses)
         driver = Driver(PahoTransport(), ConnectOptions("broker.example", 1, "c"))
         driver.transport.open(driver.options, timeout_s=1.5)
         assert isinstance(driver.next(Connected), Connected)

@@ -21,7 +21,7 @@ from edge_sdk.mqtt.transports.base import (
     Subscribed,
     Will,
 )
-from edge_sdk.mqtt.transports.paho import PahoTransport
+from edge_sdk.mqtt.transports.stream import StreamTransport
 from tests.brokers import eventually, free_port
 from tests.transports.conftest import Driver, Kind
 
@@ -375,9 +375,9 @@ def test_the_will_comes_from_a_torn_socket(kind: Kind, connect: Connect) -> None
     driver = connect("one", will=Will(Message("w", b"gone")))
 
     transport = driver.transport
-    assert isinstance(transport, PahoTransport)
-    assert transport._sock is not None
-    transport._sock.shutdown(socket.SHUT_RDWR)
+    assert isinstance(transport, StreamTransport)
+    assert transport._pipe is not None
+    transport._pipe.sock.shutdown(socket.SHUT_RDWR)
 
     assert b"gone" == watcher.next(Received).message.payload
 
@@ -413,10 +413,10 @@ def test_nagle_is_off(kind: Kind, connect: Connect) -> None:
         pytest.skip("the broker in memory has no socket")
 
     transport = connect().transport
-    assert isinstance(transport, PahoTransport)
-    assert transport._sock is not None
+    assert isinstance(transport, StreamTransport)
+    assert transport._pipe is not None
 
-    assert 0 != transport._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    assert 0 != transport._pipe.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_an_idle_connection_stays(kind: Kind, connect: Connect) -> None:

@@ -35,6 +35,8 @@ MqttVersion = Literal[4, 5]
 """4 is MQTT 3.1.1, as in the CONNECT packet."""
 
 NO_MATCHING_SUBSCRIBERS = 0x10
+WITH_WILL = 0x04
+"""Of a DISCONNECT that lets the will be published (3.14.2.1)."""
 FAILURE = 0x80
 """Reason codes from here on are refusals; of SUBSCRIBE in 3.1.1, the only one."""
 UNSUPPORTED_VERSION = 0x84
