@@ -32,6 +32,9 @@ OIP_FROM_DTYPE = {
 }  # fmt: skip
 DTYPE_FROM_OIP = {oip: dtype for dtype, oip in OIP_FROM_DTYPE.items()}
 
+NAMELESS = "?"
+"""What a free axis is called to which the model gives no name."""
+
 MAX_RANK = 16
 """More axes than any model has; numpy itself stops at 64."""
 MAX_ELEMENTS = 1 << 31
@@ -124,7 +127,7 @@ def check_feeds(feeds: Mapping[str, Array], specs: Sequence[TensorSpec]) -> None
             raise InvalidTensor(f"Input {spec.name!r} is missing; the model's inputs are {_listed(wanted)}.")
         check_array(feeds[spec.name], spec)
         for axis, size in zip(spec.shape, feeds[spec.name].shape):
-            if isinstance(axis, str) and axis != "?" and bound.setdefault(axis, size) != size:
+            if isinstance(axis, str) and axis != NAMELESS and bound.setdefault(axis, size) != size:
                 raise InvalidTensor(
                     f"Input {spec.name!r} has {size} along axis {axis!r}, another input has {bound[axis]}; "
                     "they must be equal."
@@ -147,16 +150,21 @@ def check_array(array: Array, spec: TensorSpec) -> None:
 
 
 def is_batchable(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> bool:
-    """Whether requests can be stacked along a shared, free first axis.
+    """Whether requests can be stacked along a shared, free first axis, those whose other sizes are equal.
 
-    True only when every input and output starts with the same free axis and no input has another one: a model whose
-    state runs along its second axis, or whose lengths vary, must see each request alone.
+    True only when every input and output starts with the same free axis, and none has it in another place: a model
+    whose state runs along its second axis, or that compares the rows of a batch, must see each request alone.
     """
     specs = (*inputs, *outputs)
     if not specs or any(not spec.shape or not isinstance(spec.shape[0], str) for spec in specs):
         return False
-    first_axes = {spec.shape[0] for spec in specs}
-    return len(first_axes) == 1 and not any(isinstance(axis, str) for spec in inputs for axis in spec.shape[1:])
+    first, *others = {spec.shape[0] for spec in specs}
+    return not others and (first == NAMELESS or not any(first in spec.shape[1:] for spec in specs))
+
+
+def sizes_vary(inputs: Sequence[TensorSpec]) -> bool:
+    """Whether requests may differ in more than their first axis: in the length of a text, the size of a picture."""
+    return any(isinstance(axis, str) for spec in inputs for axis in spec.shape[1:])
 
 
 def allocate(specs: Sequence[TensorSpec], batch: int) -> dict[str, Array] | None:

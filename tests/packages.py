@@ -119,6 +119,28 @@ def total(shape: Shape = ("length",)) -> ModelProto:
     return graph(nodes, {"x": (TensorProto.FLOAT, shape)}, {"y": (TensorProto.FLOAT, ())})
 
 
+def texts() -> ModelProto:
+    """Tokens of any length, [batch, length] int64 below 50, to what each means, [batch, length, 3], and their mean."""
+    meanings = np.random.default_rng(5).normal(size=(50, 3)).astype(np.float32)
+    nodes = [
+        helper.make_node("Gather", ["meanings", "tokens"], ["each"]),
+        helper.make_node("ReduceMean", ["each"], ["mean"], axes=[1], keepdims=0),
+    ]
+    tokens = (TensorProto.INT64, ("batch", "length"))
+    outputs = {"each": (TensorProto.FLOAT, ("batch", "length", 3)), "mean": (TensorProto.FLOAT, ("batch", 3))}
+    return graph(nodes, {"tokens": tokens}, outputs, {"meanings": meanings})
+
+
+def centring() -> ModelProto:
+    """y = x less the mean of its batch, of any width: a model that looks at the rows beside a row."""
+    nodes = [
+        helper.make_node("ReduceMean", ["x"], ["mean"], axes=[0], keepdims=1),
+        helper.make_node("Sub", ["x", "mean"], ["y"]),
+    ]
+    shape = ("batch", "width")
+    return graph(nodes, {"x": (TensorProto.FLOAT, shape)}, {"y": (TensorProto.FLOAT, shape)})
+
+
 def counting(width: int = 4) -> ModelProto:
     """y = the sum of each row, under an axis of its own name: a model that cannot tell that it takes batches."""
     nodes = [helper.make_node("ReduceSum", ["x", "axes"], ["y"], keepdims=0)]

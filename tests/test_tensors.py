@@ -102,14 +102,17 @@ def test_what_fits_passes() -> None:
         ([FREE], [TensorSpec("y", "float32", ())], False),
         ([FREE], [TensorSpec("y", "float32", (1, "batch"))], False),
         ([TensorSpec("x", "float32", (1, 3))], [FREE], False),
-        ([TensorSpec("x", "float32", ("batch", "length"))], [FREE], False),
+        ([TensorSpec("x", "float32", ("batch", "length"))], [FREE], True),  # those of one length
+        ([TensorSpec("x", "float32", ("?", "?"))], [TensorSpec("y", "float32", ("?", "?"))], True),
+        ([FREE], [TensorSpec("y", "float32", ("batch", "batch"))], False),  # each row beside each other
+        ([FREE, TensorSpec("state", "float32", (2, "batch"))], [FREE], False),
         ([], [], False),
     ],
 )
 def test_requests_share_a_batch_only_along_one_free_axis(
     inputs: list[TensorSpec], outputs: list[TensorSpec], expected: bool
 ) -> None:
-    """Every input and output starts with the same free axis, and no input has another one."""
+    """Every input and output starts with the same free axis, and has it nowhere else."""
 
     assert expected is is_batchable(inputs, outputs)
 

@@ -40,7 +40,7 @@ from edge_sdk.spec import (
     spec_for_model,
 )
 from edge_sdk.tasks.registry import task_for
-from edge_sdk.tensors import TensorSpec
+from edge_sdk.tensors import NAMELESS, TensorSpec
 
 WantedPrecision = Literal["auto", "fp32", "fp16", "int8"]
 
@@ -329,7 +329,7 @@ def _check_axes(axes: Mapping[str, Axis], summary: ModelSummary) -> None:
 def free_axes(spec: TensorSpec) -> dict[str, int]:
     """Where the free axes of an input are, by what [axes] calls them: their name, or `input:position` without one."""
     free = [(position, axis) for position, axis in enumerate(spec.shape) if isinstance(axis, str)]
-    return {f"{spec.name}:{position}" if axis == "?" else axis: position for position, axis in free}
+    return {f"{spec.name}:{position}" if axis == NAMELESS else axis: position for position, axis in free}
 
 
 def _check_photos(preprocess: Preprocess, summary: ModelSummary) -> None:

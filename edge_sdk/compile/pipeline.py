@@ -31,7 +31,16 @@ from edge_sdk.compile.datasets import Sample
 from edge_sdk.compile.golden import Golden, golden_requests
 from edge_sdk.compile.inspect import ends_in_softmax
 from edge_sdk.compile.modernize import OPSET, ModernGraph, modern_graph
-from edge_sdk.compile.order import Ingredients, Order, WantedPrecision, existing, gathered, order_of, tools
+from edge_sdk.compile.order import (
+    Ingredients,
+    Order,
+    WantedPrecision,
+    existing,
+    free_axes,
+    gathered,
+    order_of,
+    tools,
+)
 from edge_sdk.compile.report import write_reports
 from edge_sdk.compile.verify import (
     Accuracy,
@@ -62,7 +71,7 @@ from edge_sdk.package import (
     writing,
 )
 from edge_sdk.profiles import DeviceProfile, physical_cores
-from edge_sdk.spec import EngineSpec, Validation
+from edge_sdk.spec import Axis, EngineSpec, Validation
 from edge_sdk.tensors import MAX_ELEMENTS, Feeds, TensorSpec, zeros
 
 _WORTH_IT = 1.02
@@ -238,13 +247,20 @@ def _probes(ingredients: Ingredients) -> list[Sample]:
     return [Sample("zeros", zeros)] if zeros is not None else []
 
 
-def _zeros(inputs: tuple[TensorSpec, ...]) -> Feeds | None:
-    """One request of zeros, for timing alone; None where only the user knows what sizes make sense."""
+def _zeros(inputs: tuple[TensorSpec, ...], axes: Mapping[str, Axis] = {}) -> Feeds | None:
+    """One request of zeros, for timing alone, free `axes` at their best size; None where only the user knows what
+    sizes make sense."""
+    sized = []
     for spec in inputs:
-        shape = [axis for axis in spec.at_batch(1) if isinstance(axis, int)]
-        if len(shape) < len(spec.shape) or spec.dtype == "string" or math.prod(shape) > MAX_ELEMENTS:
+        shape = list(spec.at_batch(1))
+        for key, position in free_axes(spec).items():
+            if position and key in axes:
+                shape[position] = axes[key].best
+        sizes = [axis for axis in shape if isinstance(axis, int)]
+        if len(sizes) < len(shape) or spec.dtype == "string" or math.prod(sizes) > MAX_ELEMENTS:
             return None
-    return zeros(inputs)
+        sized.append(replace(spec, shape=tuple(shape)))
+    return zeros(sized)
 
 
 @dataclass(frozen=True)
@@ -287,11 +303,11 @@ class _Trials:
 
     def of(self, candidate: Candidate) -> _Trial:
         order = self.order
-        feeds = _timing_feeds(self.ingredients)
+        feeds = _timing_feeds(order, self.ingredients)
         same = candidate.graph == self.baseline.graph
         with nullcontext(self.reference) if same else order.loaded(candidate.graph) as engine:
             accuracy, top1, samples = self._accuracy(candidate, engine)
-            stackable = feeds is not None and can_stack(engine, feeds)
+            stackable = any(can_stack(engine, probe) for probe in ([feeds] if feeds else _guesses(engine.inputs)))
         speeds = _speeds(order, [self.baseline] if same else [self.baseline, candidate], feeds)
         return _Trial(
             inputs=engine.inputs,
@@ -373,10 +389,22 @@ def _chosen(trials: _Trials, chosen: Candidate, trial: _Trial) -> _Verdict:
     )
 
 
-def _timing_feeds(ingredients: Ingredients) -> Feeds | None:
+def _timing_feeds(order: Order, ingredients: Ingredients) -> Feeds | None:
     if ingredients.judging is not None:
         return next(iter(ingredients.judging)).feeds
-    return _zeros(ingredients.summary.inputs)
+    return _zeros(ingredients.summary.inputs, order.spec.axes)
+
+
+_GUESSED_SIZES = (16, 64, 224)
+"""Of free axes that nobody gave a size: short texts, spectrograms, pictures."""
+
+
+def _guesses(inputs: tuple[TensorSpec, ...]) -> list[Feeds]:
+    """Requests that the model may take, to see whether two can be computed together: not how fast."""
+    axes = {key for spec in inputs for key, position in free_axes(spec).items() if position}
+    return [
+        feeds for size in _GUESSED_SIZES if (feeds := _zeros(inputs, {key: Axis(best=size, max=size) for key in axes}))
+    ]
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ def can_stack(engine: Engine, feeds: Feeds) -> bool:
     """Whether a request gets the same answer alone and beside another: some models mix rows, or fix a size inside."""
     if not is_batchable(engine.inputs, engine.outputs):
         return False
-    beside = {name: np.concatenate([array, np.zeros_like(array)]) for name, array in feeds.items()}
+    beside = {name: np.concatenate([array, _another(array)]) for name, array in feeds.items()}
     try:
         alone, stacked = engine.infer(feeds), engine.infer(beside)
     except (EngineFailed, OutOfMemory):
@@ -200,6 +200,11 @@ def can_stack(engine: Engine, feeds: Feeds) -> bool:
         stacked[name].shape == (2, *value.shape[1:]) and _close(stacked[name][:1], value)
         for name, value in alone.items()
     )
+
+
+def _another(array: Array) -> Array:
+    """A request like `array` and not equal to it, also where that is all zeros: beside its like, nothing is mixed."""
+    return np.zeros_like(array) if array.dtype == object or np.any(array) else np.ones_like(array)
 
 
 def best_batch(per_second: Mapping[int, float]) -> int:

@@ -19,7 +19,7 @@ one that holds less, and only the one that holds the most is told to come back l
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from edge_sdk.errors import QueueFull
@@ -222,3 +222,18 @@ def pack(rows: Sequence[int], max_rows: int) -> list[list[int]]:
         groups[-1].append(index)
         room -= wanted
     return groups
+
+
+def pack_alike(shapes: Sequence[Hashable], rows: Sequence[int], max_rows: int) -> list[list[int]]:
+    """As `pack`, but a group has only indices of equal `shapes`: whose arrays can lie behind one another.
+
+    In each group they keep their order, and the groups are in that of their first members.
+    """
+    alike: dict[Hashable, list[int]] = {}
+    for index, shape in enumerate(shapes):
+        alike.setdefault(shape, []).append(index)
+    return sorted(
+        [indices[place] for place in group]
+        for indices in alike.values()
+        for group in pack([rows[index] for index in indices], max_rows)
+    )

@@ -20,7 +20,7 @@ import numpy as np
 
 from edge_sdk.backends.base import Engine, Pipelined, Slot
 from edge_sdk.errors import DeviceLost, EdgeSdkError
-from edge_sdk.tensors import Array, Feeds, Outputs, allocate, is_batchable, zeros
+from edge_sdk.tensors import Array, Feeds, Outputs, allocate, is_batchable, sizes_vary, zeros
 
 
 class Lane(Protocol):
@@ -45,7 +45,8 @@ class Lane(Protocol):
 def lanes_of(engine: Engine, rows: int) -> list[Lane]:
     """The engine's lanes, for batches of up to `rows`; there is at least one. Raises OutOfMemory."""
     batchable = is_batchable(engine.inputs, engine.outputs)
-    if not batchable and any(spec.has_free_axes for spec in (*engine.inputs, *engine.outputs)):
+    free = any(spec.has_free_axes for spec in (*engine.inputs, *engine.outputs))
+    if sizes_vary(engine.inputs) or (free and not batchable):
         return [LooseLane(engine)]
     if isinstance(engine, Pipelined) and (slots := engine.slots(rows)):
         return [SlotLane(slot) for slot in slots]
@@ -84,7 +85,10 @@ class SlotLane:
 
 
 class LooseLane:
-    """A lane for sizes that only the request knows: arrays are the engine's own, made anew each time."""
+    """A lane for sizes that only the request knows: arrays are the engine's own, made anew each time.
+
+    Requests that are started together are equal in all but their first axis.
+    """
 
     measurable = False
 

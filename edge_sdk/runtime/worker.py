@@ -4,6 +4,9 @@
 answers; `run_batch` is both. How many batches may be on their way at a time is the engine's to say (see `lanes`): with
 more than one, the next is decoded and the last one phrased while the engine computes.
 
+A model may leave more than the batch open: the length of a text, the size of a picture. Requests of equal sizes are
+then computed together, the others behind them in the same turn, and all are answered in the order in which they came.
+
 Whatever goes wrong with one request is the answer to that request; a batch that fails is computed again one by one, so
 that only the request at fault gets an error. A lost device is nobody's answer: it ends the process.
 """
@@ -14,34 +17,36 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from edge_sdk.backends.registry import Loaded, load_engine
 from edge_sdk.errors import DeviceLost, EdgeSdkError, InferenceFailed, PackageError, RequestError, TooLarge
 from edge_sdk.package import EnginePackage
 from edge_sdk.profiles import Machine
-from edge_sdk.runtime.batching import pack
+from edge_sdk.runtime.batching import pack, pack_alike
 from edge_sdk.runtime.lanes import Lane, LooseLane, lanes_of
 from edge_sdk.runtime.messages import Answer, Request, Timing
 from edge_sdk.tasks.base import Body, Decoded, Task
 from edge_sdk.tasks.registry import task_of
-from edge_sdk.tensors import Feeds, Outputs
+from edge_sdk.tensors import Feeds, Outputs, sizes_vary
 
 log = logging.getLogger(__name__)
 
 _TELL_EVERY_S = 60.0
 
 Group = Sequence[tuple[Request, Decoded]]
-"""Requests that are computed together: their rows fit one batch of the engine."""
+"""Requests that are computed together: their rows fit one batch of the engine, and they differ in nothing else."""
 
 
 class _Flight:
     """A batch on its way. Its first group is being computed; the others follow in the same lane as it is finished."""
 
-    __slots__ = ("answers", "error", "groups", "lane", "launched", "started")
+    __slots__ = ("answers", "error", "groups", "lane", "launched", "requests", "started")
 
-    def __init__(self, lane: Lane, started: float) -> None:
+    def __init__(self, lane: Lane, requests: Sequence[Request], started: float) -> None:
         self.lane = lane
+        self.requests = requests
         self.started = started
         self.groups: list[Group] = []
         self.answers: list[Answer] = []
@@ -65,6 +70,7 @@ class Worker:
         self.max_rows = package.manifest.batching.max_batch
         self.batch_s = float("inf")
         """What a best batch takes once it is warm, in seconds; unknown before `warm_up`."""
+        self._sizes_vary = sizes_vary(package.manifest.inputs)
         self._engine = loaded.engine
         self._clock = clock
         self._lanes = lanes_of(loaded.engine, self.max_rows)  # the free ones; the last is taken first
@@ -137,7 +143,7 @@ class Worker:
 
     def start(self, requests: Sequence[Request]) -> None:
         """Decode `requests` and begin to compute them. There must be room."""
-        flight = _Flight(self._lanes.pop(), self._clock())
+        flight = _Flight(self._lanes.pop(), requests, self._clock())
         self._flights.append(flight)
         accepted: list[tuple[Request, Decoded]] = []
         for request in requests:
@@ -146,7 +152,11 @@ class Worker:
                 flight.answers.append(self._answer(request, decoded))
             else:
                 accepted.append((request, decoded))
-        groups = pack([decoded.rows for _, decoded in accepted], self.max_rows)
+        rows = [decoded.rows for _, decoded in accepted]
+        if self._sizes_vary:
+            groups = pack_alike([_sizes(decoded.feeds) for _, decoded in accepted], rows, self.max_rows)
+        else:
+            groups = pack(rows, self.max_rows)
         flight.groups = [[accepted[index] for index in group] for group in groups]
         if flight.groups:
             self._launch(flight, flight.groups[0])
@@ -154,12 +164,16 @@ class Worker:
     def finish(self) -> list[Answer]:
         """Exactly one answer for each request of the batch that was started first; waits until they are computed."""
         flight = self._flights[0]
+        in_order = not flight.answers and (len(flight.groups) < 2 or not self._sizes_vary)
         for group in flight.groups:
             if group is not flight.groups[0]:
                 self._launch(flight, group)
             flight.answers += self._land(flight, group)
         self._flights.popleft()
         self._lanes.append(flight.lane)
+        if not in_order:
+            places = {request.ticket: place for place, request in enumerate(flight.requests)}
+            flight.answers.sort(key=lambda answer: places[answer.ticket])
         return flight.answers
 
     def close(self) -> None:
@@ -175,6 +189,8 @@ class Worker:
         except Exception:
             log.exception("A defect of edge-sdk: decoding %r failed.", request)
             return InferenceFailed("The request could not be decoded; the device's log has the reason.")
+        if self._sizes_vary and self.max_rows == 1:
+            return replace(decoded, rows=0)  # its first axis may be no batch at all, only of a size that varies too
         if decoded.rows > self.max_rows:
             return TooLarge(f"The request has a batch of {decoded.rows}; the model takes at most {self.max_rows}.")
         return decoded
@@ -242,6 +258,11 @@ class Worker:
 
     def _answer(self, request: Request, result: Body | RequestError, timing: Timing | None = None) -> Answer:
         return Answer(request.ticket, result, self.package.version, timing)
+
+
+def _sizes(feeds: Feeds) -> tuple[tuple[int, ...], ...]:
+    """Of every axis but the first, in the order of the inputs' names: a client may send them in any."""
+    return tuple([feeds[name].shape[1:] for name in sorted(feeds)])
 
 
 def _rows_of(outputs: Outputs, first: int, rows: int) -> Outputs:

@@ -19,6 +19,8 @@ from edge_sdk.compile.pipeline import build, build_engine
 from edge_sdk.errors import DataError, EdgeSdkError, ModelError, PackageError, ProfileError, SpecError
 from edge_sdk.package import EnginePackage
 from edge_sdk.profiles import DeviceProfile
+from edge_sdk.spec import Axis, spec_for_model
+from tests import packages
 from tests.compile.graphs import conv_net, model, pictures
 
 
@@ -351,6 +353,27 @@ def test_photos_must_fit_the_model(
 def test_photos_that_fit_are_built(tmp_path: Path, cpu: DeviceProfile, preprocess: str, shape: list[int | str]) -> None:
     """Free axes take what comes, and a short side alone leaves the other one to the photo."""
     assert "net" == build_engine(_photos(tmp_path, preprocess, shape=shape), profile=cpu, precision="fp32").name
+
+
+@pytest.mark.parametrize(
+    ("graph", "axes", "max_batch"),
+    [
+        (packages.texts(), {}, 8),
+        (packages.texts(), {"length": Axis(best=5, max=9)}, 8),
+        (packages.centring(), {}, 1),
+    ],
+    ids=["sizes guessed", "sizes given", "rows mixed"],
+)
+def test_requests_of_free_sizes_share_batches_where_they_may(
+    tmp_path: Path, cpu: DeviceProfile, graph: ModelProto, axes: dict[str, Axis], max_batch: int
+) -> None:
+    """Found out by asking the graph, with sizes that engine.toml gives or with guesses: alone and beside another."""
+    (tmp_path / "model.onnx").write_bytes(graph.SerializeToString())
+    spec = spec_for_model(tmp_path / "model.onnx").model_copy(update={"axes": axes})
+    package = build_engine(spec, profile=cpu, output=tmp_path / "package")
+
+    assert max_batch == package.manifest.batching.max_batch
+    assert bool(axes) == bool(package.manifest.measurements and package.manifest.measurements.engine.latency_ms)
 
 
 @pytest.mark.parametrize("missing", ["inputs", "outputs"])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_sdk.errors import QueueFull
-from edge_sdk.runtime.batching import BatchPlanner, Plan, QueueLimits, pack
+from edge_sdk.runtime.batching import BatchPlanner, Plan, QueueLimits, pack, pack_alike
 from edge_sdk.runtime.messages import DEFAULT_PRIORITY, Request
 from edge_sdk.tasks.base import Payload
 
@@ -258,3 +258,17 @@ def test_pack_partitions_in_order(rows: list[int], max_rows: int) -> None:
     for one, next_one in itertools.pairwise(groups):
         together = [rows[i] for i in (*one, next_one[0])]
         assert sum(together) > max_rows or 0 in together
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 4)), max_size=20), st.integers(1, 5))
+def test_only_what_is_alike_is_packed_together(requests: list[tuple[str, int]], max_rows: int) -> None:
+    """Every index once; a group has one shape, and of each shape the groups are those that it would have alone."""
+    shapes, rows = [shape for shape, _ in requests], [count for _, count in requests]
+    groups = pack_alike(shapes, rows, max_rows)
+
+    assert list(range(len(rows))) == sorted(index for group in groups for index in group)
+    assert [group[0] for group in groups] == sorted(group[0] for group in groups)
+    for shape in set(shapes):
+        indices = [index for index, other in enumerate(shapes) if other == shape]
+        alone = [[indices[place] for place in group] for group in pack([rows[i] for i in indices], max_rows)]
+        assert alone == [group for group in groups if shapes[group[0]] == shape]

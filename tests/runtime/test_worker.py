@@ -95,6 +95,55 @@ def test_sizes_that_only_the_request_knows(hire: Hire) -> None:
     assert [[[3.0, 3.0]] * length for length in lengths] == [step.tolist() for step in steps]
 
 
+@pytest.mark.parametrize("backend", sorted({packages.BACKEND, "reference"}))
+def test_requests_of_one_size_are_computed_together(hire: Hire, backend: str) -> None:
+    """Each gets what it would get alone, in the order in which they came, also where sizes come by turns."""
+    worker = hire(packages.texts(), backend=backend, max_batch=4)
+    lengths = [3, 7, 3, 3, 1, 7, 3, 3]
+    draw = np.random.default_rng(1)
+    sent = [request(payload(tokens=draw.integers(0, 50, (1, length)))) for length in lengths]
+    answers = worker.run_batch(sent)
+    alone = [worker.run_batch([each])[0] for each in sent]
+
+    assert [each.ticket for each in sent] == [answer.ticket for answer in answers]
+    assert [4, 2, 4, 4, 1, 2, 4, 1] == [answer.timing.batch for answer in answers if answer.timing is not None]
+    for answer, other in zip(answers, alone):
+        for name, wanted in response(other).outputs.items():
+            np.testing.assert_allclose(wanted, response(answer).outputs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_odd_one_among_equal_sizes_fails_alone(hire: Hire) -> None:
+    """A token that the model has no row for is its sender's to hear of; texts of its length are computed, and others
+    that cannot be read are answered in their turn."""
+    worker = hire(packages.texts(), max_batch=4)
+    tokens = [[1, 2], [1, 99], [3, 4], [1], [5, 6]]
+    sent = [request(payload(tokens=np.array([each], np.int64))) for each in tokens]
+    sent.insert(1, request(Payload(b"{", JSON)))
+    answers = worker.run_batch(sent)
+
+    assert [each.ticket for each in sent] == [answer.ticket for answer in answers]
+    assert [200, 400, 500, 200, 200, 200] == statuses(answers)
+
+
+def test_rows_and_sizes_are_counted_together(hire: Hire) -> None:
+    """Requests of several rows share a batch of their size as far as it goes; more than a batch is 413."""
+    worker = hire(packages.texts(), max_batch=4)
+    sent = [request(payload(tokens=np.ones((rows, length), np.int64))) for rows, length in [(2, 3), (2, 3), (5, 3)]]
+    answers = worker.run_batch(sent)
+
+    assert [200, 200, 413] == statuses(answers)
+    assert [(2, 3, 3), (2, 3, 3)] == [response(answer).outputs["each"].shape for answer in answers[:2]]
+
+
+def test_a_package_that_shares_nothing_takes_any_first_axis(hire: Hire) -> None:
+    """With `max_batch` 1 nobody knows that the first axis is a batch: five rows are one request, computed alone."""
+    worker = hire(packages.centring(), max_batch=1)
+    sent = [payload(x=np.arange(5 * width, dtype=np.float32).reshape(5, width)) for width in (2, 3)]
+    centred = rows_of(worker, *sent)
+
+    assert [[0.0, 0.0], [0.0, 0.0, 0.0]] == [each.mean(axis=0).tolist() for each in centred]
+
+
 def test_strings_share_a_batch_too(hire: Hire) -> None:
     """Arrays that cannot be kept between batches are joined, and each request gets its own words."""
     worker = hire(packages.identity(TensorProto.STRING, ("batch", 1)), max_batch=4)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from edge_sdk.backends.tensorrt.lanes import IoTensor, Shape, Shapes
 from edge_sdk.errors import EngineFailed, EngineUnfit, InvalidTensor
-from edge_sdk.tensors import Array, TensorSpec, check_array, is_batchable
+from edge_sdk.tensors import Array, TensorSpec, check_array, is_batchable, sizes_vary
 
 
 class Interface:
@@ -22,7 +22,7 @@ class Interface:
     def has_one_size(self) -> bool:
         """Whether every size is known once the number of rows is."""
         if is_batchable(self.inputs, self.outputs):
-            return not any(isinstance(axis, str) for spec in self.outputs for axis in spec.shape[1:])
+            return not sizes_vary((*self.inputs, *self.outputs))
         return not any(spec.has_free_axes for spec in (*self.inputs, *self.outputs))
 
     def check_engine(self, inputs: Sequence[IoTensor], outputs: Sequence[IoTensor]) -> tuple[IoTensor, ...]:

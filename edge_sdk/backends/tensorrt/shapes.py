@@ -17,10 +17,7 @@ from dataclasses import dataclass
 from edge_sdk.errors import ModelError
 from edge_sdk.package import BatchingRecord
 from edge_sdk.spec import Axis
-from edge_sdk.tensors import TensorSpec
-
-NAMELESS = "?"
-"""What `tensors` calls an axis that the model left without a name."""
+from edge_sdk.tensors import NAMELESS, TensorSpec
 
 
 @dataclass(frozen=True)
