@@ -139,18 +139,24 @@ def measure(place: Place, folder: Path, others: dict[str, Path], rounds: int, se
 
 @contextmanager
 def ours(place: Place, name: str, engines: Path) -> Iterator[Server]:
-    """`edge-sdk serve`; ready when it says so to systemd."""
+    began = time.perf_counter()
+    with daemon(engines, place.port) as process:
+        topic = f"edge/v1/{DEVICE}/models/{name}/infer"
+        yield mqtt_server("edge-sdk", process, topic, place, time.perf_counter() - began)
+
+
+@contextmanager
+def daemon(engines: Path, port: int, environment: dict[str, str] | None = None) -> Iterator[psutil.Process]:
+    """`edge-sdk serve`, once it says to systemd that it is ready."""
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ear:
         ear.bind(f"{folder}/notify")
-        ear.settimeout(30)
-        url = f"mqtt://127.0.0.1:{place.port}"
-        command = [sys.executable, "-m", "edge_sdk", "serve", "--engines", str(engines), "--broker", url]
-        began = time.perf_counter()
-        with running([*command, "--device", DEVICE], {"NOTIFY_SOCKET": f"{folder}/notify"}) as process:
+        ear.settimeout(60)
+        command = [sys.executable, "-m", "edge_sdk", "serve", "--engines", str(engines)]
+        address = ["--broker", f"mqtt://127.0.0.1:{port}", "--device", DEVICE]
+        with running([*command, *address], {**(environment or {}), "NOTIFY_SOCKET": f"{folder}/notify"}) as process:
             while b"READY=1" not in ear.recv(4096):
                 pass
-            topic = f"edge/v1/{DEVICE}/models/{name}/infer"
-            yield mqtt_server("edge-sdk", process, topic, place, time.perf_counter() - began)
+            yield process
 
 
 @contextmanager
