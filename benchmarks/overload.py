@@ -245,8 +245,8 @@ def mixed(
     alone = statistics.median(_p99(one) for one in samples if one["kind"] == "alone")
     beside = statistics.median(_p99(one) for one in samples if one["kind"] == "mixed")
     print(
-        f"\ngood traffic's p99: {alone:.1f} ms alone, {beside:.1f} ms beside rubbish; "
-        f"ratio {statistics.median(ratios):.2f} (median of {len(ratios)} pairs, {min(ratios):.2f} to {max(ratios):.2f})",
+        f"\ngood traffic's p99: {alone:.1f} ms alone, {beside:.1f} ms beside rubbish; ratio "
+        f"{statistics.median(ratios):.2f} (median of {len(ratios)} pairs, {min(ratios):.2f} to {max(ratios):.2f})",
         flush=True,
     )
     return samples
