@@ -82,12 +82,15 @@ def ask_package(package: Path, data: bytes, *, timeout_s: float) -> Answered:
     return Answered(opened.name, opened.version, response.outputs, predictions)
 
 
-def ask_device(model: str, data: bytes, *, broker: str | None, device: str | None, timeout_s: float) -> Answered:
-    """The answer of a device; raises RequestErrors for its errors, NoAnswer, BrokerError."""
+def ask_device(
+    model: str, data: bytes, *, broker: str | None, device: str | None, timeout_s: float, group: str | None = None
+) -> Answered:
+    """The answer of a device, or of whichever of a group gets the request; raises RequestErrors for its errors,
+    NoAnswer, BrokerError."""
     from edge_sdk.mqtt.client import Client
 
     with Client(broker or Broker().url, device=device, timeout_s=timeout_s) as client:
-        answer = client.infer(model, data)
+        answer = client.infer(model, data, group=group)
     predictions = [asdict(prediction) for prediction in answer.predictions]
     return Answered(model, answer.model_version, answer.outputs, predictions, answer.device)
 

@@ -415,7 +415,8 @@ def serve(config: Path | None, engines: Path | None, broker: str | None, device:
     form = "%(levelname)s %(message)s" if under_systemd else "%(asctime)s %(levelname)s %(message)s"
     logging.basicConfig(stream=sys.stderr, format=form)
     logging.getLogger("edge_sdk").setLevel(settings.log_level.upper())
-    code = Daemon(settings, PahoTransport(), reread=read).run()
+    group_transport = PahoTransport() if settings.groups else None
+    code = Daemon(settings, PahoTransport(), group_transport=group_transport, reread=read).run()
     logging.shutdown()
     os._exit(code)  # everything is closed; a thread still inside a runtime's native code must not make this an abort
 
@@ -425,6 +426,7 @@ def serve(config: Path | None, engines: Path | None, broker: str | None, device:
 @click.option("--input", "source", required=True, metavar="FILE|-", help="An image, .npy or JSON; - reads stdin.")
 @click.option("--local", type=click.Path(path_type=Path), metavar="PACKAGE", help="Ask this package, without a broker.")
 @click.option("--timeout", default=30.0, show_default=True, help="Seconds to wait for the answer, all in all.")
+@click.option("--group", metavar="NAME", help="Ask whichever device of this group gets the request.")
 @_with_broker
 @_with_json
 def infer(
@@ -432,6 +434,7 @@ def infer(
     source: str,
     local: Path | None,
     timeout: float,
+    group: str | None,
     broker: str | None,
     device: str | None,
     as_json: bool,
@@ -447,11 +450,13 @@ def infer(
 
     if local is not None and model is not None:
         raise click.UsageError("Give either a MODEL to ask over MQTT, or --local PACKAGE.")
+    if group is not None and (device is not None or local is not None):
+        raise click.UsageError("Give one of --group, --device and --local.")
     data = sys.stdin.buffer.read() if source == "-" else _read(Path(source))
     if local is not None:
         answered = ask_package(local, data, timeout_s=timeout)
     elif model is not None:
-        answered = ask_device(model, data, broker=broker, device=device, timeout_s=timeout)
+        answered = ask_device(model, data, broker=broker, device=device, timeout_s=timeout, group=group)
     else:
         raise click.UsageError("Give a MODEL to ask over MQTT, or --local PACKAGE.")
     click.echo(_json(answered.to_dict()) if as_json else answered.text())

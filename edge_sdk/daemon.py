@@ -16,6 +16,7 @@ which has no acknowledgement of what was being computed, gives that to the next 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -24,11 +25,11 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from edge_sdk.backends.registry import usable_profile
 from edge_sdk.errors import (
@@ -44,7 +45,7 @@ from edge_sdk.errors import (
 from edge_sdk.mqtt import presence
 from edge_sdk.mqtt.address import connect_options
 from edge_sdk.mqtt.codec import Codec
-from edge_sdk.mqtt.link import Link
+from edge_sdk.mqtt.link import Link, QoS
 from edge_sdk.mqtt.session import Record, ReplyRoute, Session
 from edge_sdk.mqtt.topics import Topics
 from edge_sdk.mqtt.transports.base import (
@@ -69,6 +70,7 @@ from edge_sdk.tasks.oip import dump_json
 
 if TYPE_CHECKING:  # what few daemons use is loaded by those that do
     from edge_sdk.health import Health
+    from edge_sdk.mqtt.group import Membership
     from edge_sdk.mqtt.journal import Journal
     from edge_sdk.mqtt.rate import ClientRates
 
@@ -92,15 +94,17 @@ class Daemon:
         settings: Settings,
         transport: Transport,
         *,
+        group_transport: Transport | None = None,
         reread: Callable[[], Settings] | None = None,
         notifier: Notifier | None = None,
     ) -> None:
-        """`reread` gives the settings anew on SIGHUP, or raises SettingsError."""
+        """`group_transport` is another of the same kind, wanted where the settings name groups; `reread` gives the
+        settings anew on SIGHUP, or raises SettingsError."""
         self._settings = settings
         self._reread = reread
         self._notifier = notifier or Notifier()
         self._topics = Topics(settings.root, settings.device)
-        self._qos: Literal[0, 1] = 0 if settings.delivery == "fast" else 1
+        self._qos: QoS = 0 if settings.delivery == "fast" else 1
         self._codec = Codec(
             self._topics,
             boot_id=secrets.token_hex(8),
@@ -109,19 +113,21 @@ class Daemon:
             reply_prefixes=settings.reply_prefixes,
             qos=self._qos,
         )
+        tickets = itertools.count(1)
         self._link = Link(
             transport,
             protocol=settings.broker.protocol,
             options=self._connect_options,
-            subscriptions=self._topics.subscriptions(),
-            qos=self._qos,
+            subscriptions=self._subscriptions(),
             too_large=self._codec.too_large,
             durable=settings.delivery == "durable",
+            numbers=tickets,
             on_connected=self._on_connected,
             on_trouble=self._on_trouble,
             write_down=self._write_down,
         )
         self._session = self._link.session
+        self._membership = self._new_membership(transport, group_transport, tickets) if settings.groups else None
         self._rates = _client_rates(settings)
         self._journal = _opened_journal(settings, self._session)
         self._health = _opened_health(settings)
@@ -140,7 +146,7 @@ class Daemon:
             store=settings.engine_cache,
             building=settings.building.enabled,
         )
-        self._routes: dict[int, tuple[ReplyRoute, float]] = {}  # ticket -> where the answer goes, and by when
+        self._routes: dict[int, tuple[Session, ReplyRoute, float]] = {}  # ticket -> where the answer goes, by when
         self._answers: deque[Answer] = deque()  # appended by any thread
         self._owner = threading.get_ident()
         self._stop_requested = False
@@ -186,12 +192,16 @@ class Daemon:
         self._link.keep_up(now)
         for event in self._poll(now):
             if isinstance(event, Received):
-                self._receive(event, taking=taking)
+                self._receive(event, self._session, taking=taking)
             else:
                 self._link.note(event)
+        if self._membership is not None:
+            self._take_share(self._membership, now)
         self._service.run_quick()
         self._finish_answers()
         self._link.perform()
+        if self._membership is not None:
+            self._membership.perform()
         self._keep_house(time.monotonic())
 
     def _poll(self, now: float) -> Sequence[Event]:
@@ -203,16 +213,27 @@ class Daemon:
         while now < self._awake_until and not self._answers and not self._service.waiting():
             if events := self._link.poll(0.0):
                 return events
+            if self._membership is not None and self._membership.look():
+                return ()
             now = time.monotonic()
         return self._link.poll(self._pause_s(now))
 
-    def _receive(self, event: Received, *, taking: bool) -> None:
+    def _take_share(self, membership: Membership, now: float) -> None:
+        """What the second connection brought. It is taken to the last: nobody else would be given it."""
+        if self._link.is_connected:
+            membership.keep_up(now)
+        for event in membership.poll():
+            membership.note(event)
+            if isinstance(event, Received):
+                self._receive(event, membership.link.session, taking=True)
+
+    def _receive(self, event: Received, session: Session, *, taking: bool) -> None:
         now = time.monotonic()
         self._awake_until = now + self._busy_poll_s
         if taking or event.packet_id is None:  # what is not acknowledged now, the broker keeps for the next
-            self._take(event, now, taking=taking)
+            self._take(event, session, now, taking=taking)
 
-    def _take(self, event: Received, now: float, *, taking: bool) -> None:
+    def _take(self, event: Received, session: Session, now: float, *, taking: bool) -> None:
         """A message: a request for the service, or something to be acknowledged and forgotten."""
         message = event.message
         address = self._topics.parse_infer(message.topic)
@@ -220,15 +241,15 @@ class Daemon:
         if address is None or route is None:
             # A retained request is an old one; one we may not answer would make us write where its sender may not.
             self._note_unroutable(message, now)
-            self._session.answered(self._session.received(event, None, now).ticket, None, now)
+            session.answered(session.received(event, None, now).ticket, None, now)
             return
-        if event.packet_id is None and self._session.unsent >= MAX_UNSENT:
+        if event.packet_id is None and session.unsent >= MAX_UNSENT:
             self._dropped += 1
             return
-        intake = self._session.received(event, route, now)
+        intake = session.received(event, route, now)
         if intake.fate in ("joined", "replayed"):
             return
-        self._routes[intake.ticket] = (route, now + self._settings.limits.request_timeout_s)
+        self._routes[intake.ticket] = (session, route, now + self._settings.limits.request_timeout_s)
         try:
             if not taking:
                 raise Unavailable("The device is stopping.", retry_after_ms=1000)
@@ -240,7 +261,7 @@ class Daemon:
         except RequestError as exc:
             self._answers.append(Answer(intake.ticket, exc))
             return
-        self._routes[intake.ticket] = (route, request.deadline)
+        self._routes[intake.ticket] = (session, route, request.deadline)
         self._service.submit(request)
 
     def _check_rate(self, rates: ClientRates, client: str, now: float) -> None:
@@ -270,8 +291,8 @@ class Daemon:
         while self._answers:
             answer = self._answers.popleft()
             if (open_request := self._routes.pop(answer.ticket, None)) is not None:  # else it was given up
-                route, deadline = open_request
-                self._session.answered(answer.ticket, self._codec.message(answer, route, deadline - now), now)
+                session, route, deadline = open_request
+                session.answered(answer.ticket, self._codec.message(answer, route, deadline - now), now)
 
     def _give_up_late(self, now: float) -> None:
         """Answer 408 to what is still being computed past its deadline; its result will be dropped.
@@ -279,10 +300,32 @@ class Daemon:
         Acknowledgements go out in the order of arrival, so one request that never ends would otherwise hold back
         those of every model behind it, until the broker sends nothing more.
         """
-        for ticket in [ticket for ticket, (_, deadline) in self._routes.items() if deadline <= now]:
+        for ticket in [ticket for ticket, (_, _, deadline) in self._routes.items() if deadline <= now]:
             self._answers.append(Answer(ticket, DeadlineExceeded("The deadline passed before the answer was there.")))
 
     # The connection
+
+    def _subscriptions(self) -> dict[str, QoS]:
+        return dict.fromkeys(self._topics.subscriptions(), self._qos)
+
+    def _new_membership(
+        self, transport: Transport, group_transport: Transport | None, tickets: Iterator[int]
+    ) -> Membership:
+        from edge_sdk.mqtt.group import Membership
+
+        if group_transport is None:
+            raise SettingsError("Groups need a second connection to the broker, and this daemon was given one.")
+        transport.attend(group_transport)
+        return Membership(
+            group_transport,
+            self._topics,
+            self._settings.groups,
+            options=self._group_options,
+            qos=self._qos,
+            too_large=self._codec.too_large,
+            numbers=tickets,
+            on_change=self._on_group_changed,
+        )
 
     def _connect_options(self, version: MqttVersion) -> ConnectOptions:
         broker = self._settings.broker
@@ -302,9 +345,21 @@ class Daemon:
             will=Will(offline, WILL_DELAY_S),
         )
 
+    def _group_options(self, version: MqttVersion) -> ConnectOptions:
+        """As for the first connection, but with a session that ends with it, and nothing to say of us."""
+        options = self._connect_options(version)
+        # A dot is in no device's name, so this is no other device's id.
+        return replace(options, client_id=f"{options.client_id}.group", clean_start=True, session_expiry_s=0, will=None)
+
     def _on_connected(self) -> None:
         self._announced.clear()
         self._changed = True
+        if self._membership is not None:
+            self._membership.invite(self._link, time.monotonic())
+
+    def _on_group_changed(self) -> None:
+        self._changed = True
+        self._notifier.status(self._status())
 
     def _on_trouble(self) -> None:
         self._notifier.status(self._status())
@@ -338,7 +393,10 @@ class Daemon:
             "receive_maximum": self._settings.broker.receive_maximum,
             "request_timeout_s": self._settings.limits.request_timeout_s,
         }
-        return presence.info(boot_id=self._codec.boot_id, profile=self._profile, limits=limits, models=models)
+        group = self._membership.described() if self._membership is not None else None
+        return presence.info(
+            boot_id=self._codec.boot_id, profile=self._profile, limits=limits, models=models, group=group
+        )
 
     # Housekeeping
 
@@ -383,11 +441,13 @@ class Daemon:
             "limited": self._limited,
         }
         journal = {"journal": self._journal.problem or "ok"} if self._journal is not None else {}
+        group = {"group": self._membership.counts()} if self._membership is not None else {}
         return {
             "uptime_s": round(now - self._started, 1),
             **self._service.snapshot(),
             "mqtt": {**mqtt, "unsent": self._session.unsent},
             **journal,
+            **group,
             "memory_bytes": _resident_bytes(),
         }
 
@@ -401,13 +461,22 @@ class Daemon:
         are_ready = f"{ready} of {len(models)} models ready"
         if self._link.trouble:
             return f"Not connected: {self._link.trouble} ({are_ready})"
-        return f"{are_ready}, {'connected' if self._link.is_connected else 'not connected'}"
+        group = ""
+        if self._membership is not None and self._membership.reason:
+            group = f"; not in {', '.join(self._membership.groups)}: {self._membership.reason}"
+        return f"{are_ready}, {'connected' if self._link.is_connected else 'not connected'}{group}"
 
     def _pause_s(self, now: float) -> float:
         """How long the next poll may wait for something to happen."""
         if self._answers or self._stop_requested or (self._changed and self._link.is_connected):
             return 0.0
         moments = [now + IDLE_POLL_S, self._stats_at, self._link.next_at]
+        if self._membership is not None:
+            if self._membership.has_news:
+                return 0.0
+            moments.append(now + self._settings.broker.keepalive_s / 8)
+            if self._link.is_connected:
+                moments.append(self._membership.link.next_at)
         if (quick_at := self._service.wake_at()) is not None:
             moments.append(quick_at)
         return max(0.0, min(moments) - now)
@@ -442,8 +511,12 @@ class Daemon:
         hard_stop.daemon = True
         hard_stop.start()
         deadline = time.monotonic() + drain_s
+        if self._membership is not None:
+            self._membership.leave()
         while time.monotonic() < deadline and not self._finished():
             self._turn(taking=False)
+        if self._membership is not None:
+            self._membership.close()
         if self._link.is_connected:
             self._session.announce(Message(self._topics.availability, b"offline", retain=self._link.may_retain))
             self._link.perform()
@@ -465,6 +538,8 @@ class Daemon:
         """Whether nothing accepted is left to do. Without a connection, answers have nowhere to go: the broker, which
         has no acknowledgement, gives those requests to the next daemon."""
         computing = self._service.waiting() or self._answers
+        if self._membership is not None and not self._membership.has_left:
+            return False
         return not computing and (self._session.idle or not self._link.is_connected)
 
     # From other threads, and from signal handlers: only take note

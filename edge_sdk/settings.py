@@ -114,6 +114,8 @@ class Settings(Table):
     """Loopback address and port of /metrics, /healthz and /readyz, as `127.0.0.1:9464`; None: nothing listens."""
     engine_cache: Path | None = None
     """The folder for engines that are built here; None: the cache folder of the service or of the user."""
+    groups: tuple[str, ...] = ()
+    """Groups of devices whose requests this one takes its share of, through shared subscriptions of MQTT 5."""
     reply_prefixes: tuple[str, ...] = ()
     """Further topic prefixes a Response Topic may begin with, beside `<root>/reply/`."""
     stats_interval_s: float = Field(default=10.0, gt=0)
@@ -156,7 +158,9 @@ class Settings(Table):
     @model_validator(mode="after")
     def _nameable(self) -> Settings:
         try:
-            Topics(self.root, self.device)
+            topics = Topics(self.root, self.device)
+            for group in self.groups:
+                topics.group_subscription(group)
         except SettingsError as exc:
             raise ValueError(exc.problem) from exc
         return self

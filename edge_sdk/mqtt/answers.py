@@ -96,20 +96,24 @@ class ClientCodec:
         accept: str | None = None,
         protocol: MqttVersion,
         remaining_s: float,
+        group: str | None = None,
     ) -> Message:
         """The PUBLISH that asks; `remaining_s` is what is left until the deadline. `body` must be `protocol`'s form.
 
-        Raises SettingsError for a `version` on MQTT 3.1.1.
+        It asks whoever of `group` gets it, or else `device`. Raises SettingsError for a `version` or a `group` on MQTT
+        3.1.1.
         """
-        check_version(version, protocol)
-        address = Topics(self.root, device)
+        check_version(version, protocol, group)
         if protocol == 4:
+            address = Topics(self.root, device)
             return Message(address.infer_from(model, self.client_id, str(key)), body.data)
         user: list[tuple[str, str]] = []
         if body.header_length is not None:
             user.append((HEADER_LENGTH, str(body.header_length)))
         if accept is not None:
             user.append(("accept", accept))
+        if version is not None and group is not None:  # a group's topics name no version
+            user.append(("model-version", version))
         properties = Properties(
             response_topic=self.reply_topic,
             correlation_data=key.to_bytes(8, "big"),
@@ -117,7 +121,11 @@ class ClientCodec:
             message_expiry_s=max(1, math.ceil(min(remaining_s, LONGEST_EXPIRY_S))),
             user=tuple(user),
         )
-        return Message(address.infer(model, version=version), body.data, properties=properties)
+        if group is not None:
+            topic = topics.infer_in_group(self.root, group, model)
+        else:
+            topic = Topics(self.root, device).infer(model, version=version)
+        return Message(topic, body.data, properties=properties)
 
     def key(self, message: Message) -> int | None:
         """The request that a message claims to answer: -1 if it is none of ours, None if this is no answer."""
@@ -139,8 +147,10 @@ class ClientCodec:
             raise NoAnswer(f"The answer for model {model!r} cannot be read: {err!r}.") from err
 
 
-def check_version(version: str | None, protocol: MqttVersion) -> None:
-    """SettingsError if `protocol` has no way to ask for that version of a model."""
+def check_version(version: str | None, protocol: MqttVersion, group: str | None = None) -> None:
+    """SettingsError if `protocol` has no way to ask for that version of a model, or to ask a group."""
+    if group is not None and protocol == 4:
+        raise SettingsError(f"A request to group {group!r} needs MQTT 5: 3.1.1 has no way back for it.")
     if version is not None and protocol == 4:
         raise SettingsError(
             f"A request for version {version!r} needs MQTT 5: 3.1.1 has no topic with a version and a way back."

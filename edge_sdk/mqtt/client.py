@@ -32,6 +32,7 @@ from edge_sdk.errors import (
     EdgeSdkError,
     NoAnswer,
     QueueFull,
+    SettingsError,
     Unavailable,
 )
 from edge_sdk.mqtt import topics
@@ -94,6 +95,7 @@ class _Job:
     body: Body
     body_version: MqttVersion
     device: str | None
+    group: str | None
     deadline: float
 
 
@@ -192,6 +194,7 @@ class Client:
         *,
         version: str | None = None,
         device: str | None = None,
+        group: str | None = None,
         timeout_s: float | None = None,
         accept: str | None = None,
     ) -> Answer:
@@ -205,13 +208,17 @@ class Client:
         * an array, for a model with one input, in the input's dtype and shape;
         * {input name: array}, for any model.
 
-        `accept` is the content type wanted for the answer: by default binary tensors for arrays, JSON for the rest.
+        `group` asks whichever device of that group gets the request, in place of one device; the answer says which it
+        was. `accept` is the content type wanted for the answer: by default binary tensors for arrays, JSON for the
+        rest.
 
         Raises the RequestError that the device answered with (see `edge_sdk.errors`; QueueFull and Unavailable only if
         they were still the answer at the deadline), TooLarge if the broker would not take the request, NoAnswer if the
         deadline passed or nobody listens, and DataError for data that is none of the above.
         """
-        return self.submit(model, data, version=version, device=device, timeout_s=timeout_s, accept=accept).result()
+        return self.submit(
+            model, data, version=version, device=device, group=group, timeout_s=timeout_s, accept=accept
+        ).result()
 
     def submit(
         self,
@@ -220,6 +227,7 @@ class Client:
         *,
         version: str | None = None,
         device: str | None = None,
+        group: str | None = None,
         timeout_s: float | None = None,
         accept: str | None = None,
     ) -> Future[Answer]:
@@ -228,18 +236,19 @@ class Client:
         Its callbacks run on the client's thread and must not block. Cancelling it forgets the request.
         """
         deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
-        if device is not None or self._device is not None:
-            Topics(self._root, device or self._device or "").infer(model, version=version)
+        if group is not None:
+            if device is not None:
+                raise SettingsError("A request goes to a device or to a group, not to both.")
+            topics.infer_in_group(self._root, group, model)
         else:
-            Topics(self._root, "any").infer(model, version=version)
+            device = device or self._device
+        Topics(self._root, device or "any").infer(model, version=version)
         encode = encoder(data)
         protocol = self._reconnection.version
-        check_version(version, protocol)
+        check_version(version, protocol, group)
         if accept is None and isinstance(data, (np.ndarray, Mapping)):
             accept = BINARY
-        job = _Job(
-            Future(), model, version, encode, accept, encode(protocol), protocol, device or self._device, deadline
-        )
+        job = _Job(Future(), model, version, encode, accept, encode(protocol), protocol, device, group, deadline)
         with self._lock:
             if self._closing:
                 raise NoAnswer("This client is closed.")
@@ -375,7 +384,7 @@ class Client:
     def _start_jobs(self, now: float) -> None:
         while self._submitted:
             job = self._submitted.popleft()
-            request = self._pending.add(job.device, job.model, deadline=job.deadline, now=now)
+            request = self._pending.add(job.device, job.model, deadline=job.deadline, now=now, group=job.group)
             self._jobs[request] = job
             if job.device is not None and self._device != job.device:
                 with self._lock:
@@ -415,6 +424,7 @@ class Client:
         return self._codec.request(
             request.key, request.device or "", job.model, job.body,
             version=job.version, accept=job.accept, protocol=version, remaining_s=request.deadline - now,
+            group=request.group,
         )  # fmt: skip
 
     # ----------------------------------------------------------------------------------------------------- connection

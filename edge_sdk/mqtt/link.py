@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 from edge_sdk.errors import EdgeSdkError, TooLarge
@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_S = 5.0
 
+QoS = Literal[0, 1]
+
 
 class Link:
     """A connection, its session, and what is known of both."""
@@ -55,30 +57,34 @@ class Link:
         *,
         protocol: ProtocolSetting,
         options: Callable[[MqttVersion], ConnectOptions],
-        subscriptions: Sequence[str],
-        qos: Literal[0, 1],
+        subscriptions: Mapping[str, QoS],
         too_large: Callable[[Message, int], Message],
         durable: bool = False,
+        numbers: Iterator[int] | None = None,
         on_connected: Callable[[], None],
         on_trouble: Callable[[], None],
         write_down: Callable[[Record], None] | None = None,
     ) -> None:
         """`options` gives what each connection is opened with; `on_trouble` is told of each change of `trouble`.
 
-        `write_down` keeps what a `durable` session wants written before anything after it is done.
+        `subscriptions` says which topics are read, and with what QoS; `numbers` is where the session's tickets come
+        from. `write_down` keeps what a `durable` session wants written before anything after it is done.
         """
         self.trouble = ""
         """Why there is no connection; empty while there is one, and before the first attempt."""
+        self.refused: dict[str, int] = {}
+        """The topics that the broker does not let us read on this connection, with its reason codes."""
         self.session = Session(
             packet_size=lambda message: publish_size(message, self._reconnection.version),
             too_large=too_large,
             durable=durable,
+            numbers=numbers,
         )
         self._transport = transport
         self._reconnection = Reconnection(protocol)
         self._options = options
-        self._subscriptions = tuple(subscriptions)
-        self._qos: Literal[0, 1] = qos
+        self._subscriptions = dict(subscriptions)
+        self._asked: dict[int, list[str]] = {}
         self._on_connected = on_connected
         self._on_trouble = on_trouble
         self._write_down = write_down
@@ -95,6 +101,15 @@ class Link:
         return self._limits.retain_available
 
     @property
+    def version(self) -> MqttVersion:
+        return self._reconnection.version
+
+    @property
+    def may_share(self) -> bool:
+        """Whether the broker has shared subscriptions for us."""
+        return self.version == 5 and self._limits.shared_subscriptions
+
+    @property
     def next_at(self) -> float:
         """When the next connection is to be opened; infinity while one stands or is on its way."""
         return self._reconnection.next_at
@@ -109,6 +124,24 @@ class Link:
             self._transport.open(options, timeout_s=self._reconnection.patience_s(OPEN_TIMEOUT_S))
         except EdgeSdkError as exc:
             self._tell(f"waiting for the broker: {exc.problem}", self._reconnection.failed(time.monotonic()))
+
+    def listen(self, subscriptions: Mapping[str, QoS]) -> None:
+        """Read these topics from now on, on this connection and the next ones, and no others."""
+        former, self._subscriptions = self._subscriptions, dict(subscriptions)
+        if self.is_connected:
+            if gone := [name for name in former if name not in subscriptions]:
+                self._transport.unsubscribe(gone)
+            self._subscribe([name for name in subscriptions if name not in former])
+
+    def rest(self) -> None:
+        """Leave the broker, and stay away until `resume`."""
+        self.session.closed()
+        self._transport.close()
+        self._reconnection.rest()
+        self.trouble = ""
+
+    def resume(self, now: float) -> None:
+        self._reconnection.resume(now)
 
     def poll(self, timeout_s: float) -> Sequence[Event]:
         return self._transport.poll(timeout_s)
@@ -169,16 +202,25 @@ class Link:
         self._limits = event.limits
         self.trouble = ""
         self._on_trouble()
-        self._transport.subscribe(self._subscriptions, qos=self._qos, retained=False)
+        self.refused.clear()
+        self._asked.clear()
+        self._subscribe(list(self._subscriptions))
         self._on_connected()
 
+    def _subscribe(self, filters: Sequence[str]) -> None:
+        for qos in (0, 1):
+            if wanted := [name for name in filters if self._subscriptions[name] == qos]:
+                self._asked[self._transport.subscribe(wanted, qos=qos, retained=False)] = wanted
+
     def _subscribed(self, event: Subscribed) -> None:
-        refused = [code for code in event.codes if code >= FAILURE]
-        if refused:
+        codes = zip(self._asked.pop(event.handle, ()), event.codes)
+        if refused := {name: code for name, code in codes if code >= FAILURE}:
+            self.refused |= refused
             log.error(
                 "The broker refused a subscription (reason %#04x), so requests will not arrive: allow %s to read %s.",
-                refused[0], self._client_id, ", ".join(self._subscriptions),
+                next(iter(refused.values())), self._client_id, ", ".join(refused),
             )  # fmt: skip
+            self._on_trouble()
 
     def _refused(self, event: Refused) -> None:
         if pause_s := self._reconnection.refused(event.code, time.monotonic()):

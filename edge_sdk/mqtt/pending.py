@@ -59,6 +59,8 @@ class PendingRequest:
     device: str | None
     """None: the only device that is online, once that is known."""
     deadline: float
+    group: str | None = None
+    """Whoever of this group gets it; then there is no device."""
     state: Literal["waiting", "sent", "accepted"] = "waiting"
     sends: int = 0
     taken: int = 0
@@ -122,6 +124,8 @@ class PendingRequests:
     _answered: OrderedDict[int, None] = field(default_factory=OrderedDict)
     _failed: list[Fail] = field(default_factory=list)
     _keys: Iterator[int] = field(init=False)
+    _groups: set[str] = field(default_factory=set)
+    """Those in which somebody was given a request."""
     _window: int = 0
     _settled_at: float = math.inf
     _unseen: BrokerError | None = None
@@ -135,9 +139,11 @@ class PendingRequests:
 
     # -------------------------------------------------------------------------------------------------- what happens
 
-    def add(self, device: str | None, model: str, *, deadline: float, now: float) -> PendingRequest:
+    def add(
+        self, device: str | None, model: str, *, deadline: float, now: float, group: str | None = None
+    ) -> PendingRequest:
         """A new request, to be sent as soon as possible."""
-        request = PendingRequest(next(self._keys), model, device, deadline)
+        request = PendingRequest(next(self._keys), model, device, deadline, group)
         self._requests[request.key] = request
         self._push_timer(request, min(deadline, now + FIRST_LOOK_S))
         self._make_ready(request)
@@ -201,6 +207,8 @@ class PendingRequests:
         else:
             request.state = "accepted"
             request.taken += 1
+            if request.group is not None:
+                self._groups.add(request.group)
             request.unheard_since = None
             pause_s = min(LONGEST_RESEND_S, FIRST_RESEND_S * 2 ** (request.sends - 1))
             self._set_timer(request, now + self._jitter(pause_s))
@@ -268,6 +276,8 @@ class PendingRequests:
 
     def _may_go(self, request: PendingRequest, now: float) -> bool:
         """Whether somebody is there to take the request; if not, it waits or has failed."""
+        if request.group is not None:  # who is in it, only the broker knows
+            return True
         if request.device is None and not self._choose_device(request, now):
             return False
         state = self.devices.get(request.device or "", DeviceState())
@@ -301,9 +311,18 @@ class PendingRequests:
         if request.unheard_since is None:
             request.unheard_since = now
         states = [self.devices.get(request.device, DeviceState())] if request.device else list(self.devices.values())
-        patience_s = self.wait_for_device_s if any(state.was_online for state in states) else SETTLE_S
+        was_there = (
+            any(state.was_online for state in states) if request.group is None else request.group in self._groups
+        )
+        patience_s = self.wait_for_device_s if was_there else SETTLE_S
         if now < request.unheard_since + patience_s:
             self._wait(request, now + LISTEN_AGAIN_S)
+            return
+        if request.group is not None:
+            self._fail(request, NoAnswer(
+                f"Nobody in group {request.group!r} is listening: nobody answers for model {request.model!r}.",
+                fix="Start a daemon with that group among its `groups`, or check the group's name and the topic root.",
+            ))  # fmt: skip
             return
         who = f"Device {request.device!r}" if request.device else "No device"
         is_offline = request.device and states[0].online is False
@@ -324,7 +343,11 @@ class PendingRequests:
         if request.error is not None:
             return request.error
         about = f"the request for model {request.model!r}" + (
-            f" on device {request.device!r}" if request.device else ""
+            f" on device {request.device!r}"
+            if request.device
+            else f" in group {request.group!r}"
+            if request.group
+            else ""
         )
         if not request.sends:
             return NoAnswer(f"The deadline passed before {about} could be sent: there was no connection to the broker.")

@@ -17,6 +17,7 @@ def info(
     profile: DeviceProfile | None,
     limits: dict[str, Any],
     models: dict[str, list[ServedModel]],
+    group: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The Open Inference Protocol's server metadata, and what a client has to know before it sends."""
     return {
@@ -27,6 +28,7 @@ def info(
         "profile": profile.name if profile is not None else None,
         "limits": limits,
         "models": {name: [model.version for model in versions] for name, versions in models.items()},
+        **({"group": group} if group is not None else {}),
     }
 
 

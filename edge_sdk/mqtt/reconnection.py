@@ -63,6 +63,13 @@ class Reconnection:
         self.next_at = math.inf
         return True
 
+    def rest(self) -> None:
+        """The connection was given up, and none is due until `resume`."""
+        self._connected_at, self.next_at = None, math.inf
+
+    def resume(self, now: float) -> None:
+        self.next_at = now
+
     def connected(self, now: float) -> None:
         self._connected_at = now
         self._negotiation.connected()

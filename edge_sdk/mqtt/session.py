@@ -29,8 +29,9 @@ whose answer was taken but whose acknowledgement was lost is computed again, and
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal, Union
 
@@ -178,8 +179,12 @@ class Session:
         remembered_bytes: int = 8 * 1024 * 1024,
         remembered_s: float = 60.0,
         durable: bool = False,
+        numbers: Iterator[int] | None = None,
     ) -> None:
-        """`packet_size` is the size of a message on the wire; `too_large` the answer in place of one over a limit."""
+        """`packet_size` is the size of a message on the wire; `too_large` the answer in place of one over a limit.
+
+        Sessions whose tickets must not be mistaken for each other's draw them from the same `numbers`.
+        """
         self.counts = SessionCounts()
         self._packet_size = packet_size
         self._too_large = too_large
@@ -191,7 +196,7 @@ class Session:
         self._taken: list[Key] = []
         self._connected = False
         self._limits = BrokerLimits()
-        self._last_number = 0
+        self._numbers = numbers if numbers is not None else itertools.count(1)
         self._ledger: deque[_LedgerEntry] = deque()
         self._jobs: dict[int, _Job] = {}
         self._computing: dict[Key, int] = {}
@@ -315,9 +320,9 @@ class Session:
             return actions
         while self._outbox and len(self._in_flight) + len(self._unnumbered) < self._window:
             outgoing = self._fitting(self._outbox.popleft())
-            self._last_number += 1
-            self._unnumbered[self._last_number] = outgoing
-            actions.append(Publish(outgoing.message, self._last_number))
+            tag = next(self._numbers)
+            self._unnumbered[tag] = outgoing
+            actions.append(Publish(outgoing.message, tag))
         while self._ledger and self._ledger[0].done:
             self.counts.acknowledged += 1
             actions.append(Acknowledge(self._ledger.popleft().received))
@@ -352,11 +357,11 @@ class Session:
         return entry
 
     def _new_job(self, key: Key | None, fingerprint: bytes, *entries: _LedgerEntry) -> int:
-        self._last_number += 1
-        self._jobs[self._last_number] = _Job(key, fingerprint, list(entries))
+        ticket = next(self._numbers)
+        self._jobs[ticket] = _Job(key, fingerprint, list(entries))
         if key is not None:
-            self._computing[key] = self._last_number
-        return self._last_number
+            self._computing[key] = ticket
+        return ticket
 
     def _fingerprint(self, request: Message) -> bytes:
         """Tells one payload from another: in this process, or (if it is to be written down) in any."""

@@ -61,6 +61,11 @@ def reply(root: str, client: str) -> str:
     return f"{root}/reply/{_client(client)}"
 
 
+def infer_in_group(root: str, group: str, model: str) -> str:
+    """Where a request goes that any device of a group may answer."""
+    return f"{root}/group/{_client(group)}/models/{_model(model)}/infer"
+
+
 def everyones_availability(root: str) -> str:
     """The filter for the availability of all devices."""
     return f"{root}/+/availability"

@@ -50,6 +50,7 @@ def connack(
     receive_maximum: int | None = None,
     maximum_packet_size: int | None = None,
     server_keepalive_s: int | None = None,
+    shared_subscriptions: bool = True,
 ) -> bytes:
     """MQTT 5's CONNACK."""
     properties = b""
@@ -59,6 +60,8 @@ def connack(
         properties += b"\x27" + maximum_packet_size.to_bytes(4, "big")
     if server_keepalive_s is not None:
         properties += b"\x13" + server_keepalive_s.to_bytes(2, "big")
+    if not shared_subscriptions:
+        properties += b"\x2a\x00"
     return packet(0x20, bytes((session_present, code)) + variable_length(len(properties)) + properties)
 
 
@@ -134,6 +137,7 @@ class FakeBroker:
         self.connected_at: list[float] = []
         """When each connection was taken."""
         self._current: socket.socket | None = None
+        self._open: dict[int, socket.socket] = {}
         self._version: MqttVersion = 5
         self._lock = threading.Lock()
         self._last_id = 0
@@ -169,11 +173,12 @@ class FakeBroker:
 
     # What is done
 
-    def send(self, data: bytes) -> None:
-        """Bytes to the client of the newest connection; lost if it is gone."""
+    def send(self, data: bytes, *, connection: int | None = None) -> None:
+        """Bytes to the client of that connection, or of the newest; lost if it is gone."""
         with self._lock, contextlib.suppress(OSError):
-            if self._current is not None:
-                self._current.sendall(data)
+            wanted = self._current if connection is None else self._open[connection]
+            if wanted is not None:
+                wanted.sendall(data)
 
     def request(
         self,
@@ -200,12 +205,15 @@ class FakeBroker:
         assert packet_id is not None
         self.send(packet(PUBACK, packet_id.to_bytes(2, "big") + (bytes((code, 0)) if code else b"")))
 
-    def drop(self, *, abruptly: bool = True) -> None:
-        """End the newest connection."""
+    def drop(self, *, abruptly: bool = True, connection: int | None = None) -> None:
+        """End that connection, or the newest."""
         with self._lock:
-            connection, self._current = self._current, None
-        if connection is not None:
-            _end(connection, abruptly)
+            if connection is None:
+                ended, self._current = self._current, None
+            else:
+                ended = self._open[connection]
+        if ended is not None:
+            _end(ended, abruptly)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -231,6 +239,7 @@ class FakeBroker:
                 number = len(self.connected_at) + 1
                 rules = self.rules[min(number, len(self.rules)) - 1]
                 self.connected_at.append(time.monotonic())
+                self._open[number] = connection
                 threading.Thread(target=self._serve, args=(connection, number, rules), daemon=True).start()
 
     def _serve(self, connection: socket.socket, number: int, rules: Rules) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import re
 import signal
 import subprocess
@@ -30,7 +31,7 @@ from tests.faults.conftest import (
     pid_of,
     stats_from,
 )
-from tests.faults.fake_broker import CONNECT, PINGREQ, PUBLISH, FakeBroker, Rules, connack, disconnect
+from tests.faults.fake_broker import CONNECT, PINGREQ, PUBLISH, SUBSCRIBE, FakeBroker, Rules, connack, disconnect
 from tests.faults.proxy import Proxy
 from tests.faults.scene import DEVICE, busy
 from tests.faults.systemd import Ear
@@ -150,6 +151,39 @@ def test_case_13_a_subscription_is_refused(open_daemon: OpenDaemon, code: int) -
 
     assert 6.0 == doubled(answer.payload)[0]
     assert 1 == len(broker.connected_at)
+
+
+@pytest.mark.parametrize(
+    ("rules", "why"),
+    [
+        ((Rules(), Rules(subacks=(0x9E,))), "reason 0x9e"),
+        ((Rules(connack=connack(shared_subscriptions=False)),), "no shared subscriptions"),
+    ],
+    ids=["refused", "unavailable"],
+)
+def test_case_13_the_group_is_refused(open_daemon: OpenDaemon, rules: tuple[Rules, ...], why: str) -> None:
+    """The device's own requests are answered, `info` says why the group's do not come, and the next connection is the
+    next attempt."""
+    with FakeBroker(*rules, Rules()) as broker:
+        open_daemon(broker.url, groups="g")
+
+        def state(connection: int) -> dict[str, str]:
+            told = broker.published(f"edge/v1/{DEVICE}/info", connection=connection)
+            return dict(json.loads(told[-1].payload)["group"]) if told else {}
+
+        broker.wait(lambda: why in state(1).get("reason", ""), "the reason is told")
+        broker.wait(lambda: broker.published(f"{MODELS}/scale", connection=1), "the model is announced")
+        broker.send(fake_broker.publish(f"{MODELS}/scale/infer/c/1", numbers(3.0), packet_id=1), connection=1)
+        (answer,) = broker.wait(lambda: broker.published(f"{MODELS}/scale/result/c/1"), "an answer")
+        refused, before = state(1), len(broker.connected_at)
+        broker.drop(connection=1)
+        broker.wait(lambda: state(before + 1).get("state") == "joined", "in the group after all")
+        shared = broker.of(SUBSCRIBE, connection=before + 2)
+
+    assert 6.0 == doubled(answer.payload)[0]
+    assert "away" == refused["state"]
+    assert len(rules) == before
+    assert b"$share/g/edge/v1/group/g/models/+/infer" in shared[0].body
 
 
 def test_case_14_the_session_is_taken_over(open_daemon: OpenDaemon, tmp_path: Path) -> None:

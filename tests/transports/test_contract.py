@@ -434,6 +434,22 @@ def test_an_idle_connection_stays(kind: Kind, connect: Connect) -> None:
     assert isinstance(driver.next(Acknowledged), Acknowledged)
 
 
+def test_an_attended_transport_ends_the_others_poll(kind: Kind, connect: Connect) -> None:
+    """What arrives for one transport lets the one that attends it return, and stays there for its own poll."""
+    attending, attended = connect("attending"), connect("attended", "t")
+    attending.transport.attend(attended.transport)
+    other = connect("other")
+
+    other.transport.publish(Message("t", b"x"))
+    other.next(Acknowledged)
+    began = time.monotonic()
+    events = attending.transport.poll(60)
+
+    assert [] == list(events)
+    assert time.monotonic() - began < 30
+    assert b"x" == attended.next(Received).message.payload
+
+
 def test_one_writer_of_many_threads_may_wake(kind: Kind, connect: Connect) -> None:
     """Wakes from many threads at once neither block nor get lost."""
     driver = connect()

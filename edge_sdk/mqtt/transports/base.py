@@ -215,6 +215,14 @@ class Transport(Protocol):
         """From any thread: let `poll` return now."""
         ...
 
+    def attend(self, other: Transport) -> None:
+        """Let `poll` return also when something arrives for `other`, a transport of the same kind on the same thread.
+
+        What it is, `other.poll` tells; and as nobody else looks after `other`'s keepalive, it has to be polled a few
+        times in each of them.
+        """
+        ...
+
     def close(self, *, send_will: bool = False) -> None:
         """Send what is queued (for a second at most), then DISCONNECT, and close the socket. No event follows.
 

@@ -39,6 +39,7 @@ from edge_sdk.mqtt.transports.base import (
     Received,
     Refused,
     Subscribed,
+    Transport,
     Will,
 )
 from edge_sdk.mqtt.transports.packets import publish_size
@@ -299,6 +300,8 @@ class MemoryTransport:
         self._connection = 0
         self._connected = False
         self._handle = 0
+        self._attended: MemoryTransport | None = None
+        self._attendant: MemoryTransport | None = None
 
     def open(self, options: ConnectOptions, *, timeout_s: float) -> None:
         with self._broker._lock:
@@ -312,7 +315,9 @@ class MemoryTransport:
             for act in queued:
                 act()
             self._broker._tick()
-            self._changed.wait_for(lambda: self._events or self._woken, timeout_s)
+            self._changed.wait_for(
+                lambda: self._events or self._woken or (self._attended and self._attended._events), timeout_s
+            )
             self._woken = False
             return list(self._taken())
 
@@ -394,6 +399,12 @@ class MemoryTransport:
             self._woken = True
             self._changed.notify_all()
 
+    def attend(self, other: Transport) -> None:
+        if not isinstance(other, MemoryTransport) or other._broker is not self._broker:
+            raise TypeError("A transport in memory can only attend another one at the same broker.")
+        self._attended = other
+        other._attendant = self
+
     def close(self, *, send_will: bool = False) -> None:
         with self._broker._lock:
             for act in self._queued:
@@ -416,3 +427,5 @@ class MemoryTransport:
     def _deliver(self, event: Event) -> None:
         self._events.append(event)
         self._changed.notify_all()
+        if self._attendant is not None:
+            self._attendant._changed.notify_all()

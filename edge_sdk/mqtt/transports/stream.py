@@ -31,6 +31,7 @@ from edge_sdk.mqtt.transports.base import (
     Received,
     Refused,
     Subscribed,
+    Transport,
 )
 from edge_sdk.mqtt.transports.packets import MAX_REMAINING_LENGTH, PINGREQ, Inbox, MalformedPacket
 from edge_sdk.mqtt.transports.pipes import Piece, Pipe, open_pipe
@@ -238,6 +239,11 @@ class StreamTransport:
             except OSError:
                 pass  # full: it is awake; closed: nobody is left to wake
 
+    def attend(self, other: Transport) -> None:
+        if not isinstance(other, StreamTransport):
+            raise TypeError("A transport on streams can only attend another one.")
+        self._selector.register(other._selector, selectors.EVENT_READ)  # on Linux and macOS it is a descriptor, too
+
     def _next_packet_id(self) -> int:
         if len(self._publishing) >= 0x10000 - FIRST_PUBLISH_ID:
             raise BrokerError(f"{len(self._publishing):,} messages are unacknowledged; MQTT has no free packet id.")
@@ -283,6 +289,8 @@ class StreamTransport:
                 self._wake_reader.recv(4096)
                 self._woken = False
                 woken = True
+            elif key.fileobj is not self._pipe:
+                woken = True  # one that is attended has something
             else:
                 if ready & selectors.EVENT_WRITE:
                     self._flush()
