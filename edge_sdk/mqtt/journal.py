@@ -12,23 +12,27 @@ SQLite in WAL mode with `synchronous=NORMAL`: a killed process loses nothing, a 
 whose requests the broker delivers again. One transaction a turn makes it one write for many answers. The file is this
 process's alone, as long as it is open: a second daemon with the same folder is refused.
 
+A disk may alter what was written. What cannot be an answer of ours is left out, what cannot be read is put aside, and
+neither keeps a daemon from starting.
+
 A disk that is full, read-only or gone costs the journal, never an answer: `write` says so once, and tries again later.
 Moments are a monotonic clock's in the session and the wall clock's on disk. A step of the wall clock lets answers be
-forgotten early or kept late, within `remembered_s`.
+forgotten early or kept late, by REMEMBERED_S at most.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import os
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 from edge_sdk.errors import SettingsError
-from edge_sdk.mqtt.session import Key, Record, Recorded
+from edge_sdk.mqtt.session import REMEMBERED_S, Key, Record, Recorded
 from edge_sdk.mqtt.transports.base import Message, Properties
 
 log = logging.getLogger(__name__)
@@ -44,6 +48,14 @@ CREATE TABLE IF NOT EXISTS answers (
     PRIMARY KEY (request_topic, reply_topic, correlation)
 ) WITHOUT ROWID
 """
+
+_BROKEN = (sqlite3.Error, UnicodeError)
+"""What a file may make sqlite3 raise; the second where its error message quotes bytes of the file."""
+
+_COLUMNS = (
+    "request_topic", "reply_topic", "correlation", "fingerprint", "payload", "content_type", "echoed", "user",
+    "until", "taken",
+)  # fmt: skip
 
 _DROP_OLDER_HALF = """
 DELETE FROM answers WHERE until <=
@@ -71,10 +83,22 @@ class Journal:
         """What was answered and may still be asked for, oldest first. Forgets what is past its time."""
         if self._database is None:
             return []
-        with self._database:
-            self._database.execute("DELETE FROM answers WHERE until <= ?", (wall,))
-        rows = self._database.execute("SELECT * FROM answers ORDER BY until")
-        return [_recorded(row, now, wall) for row in rows]
+        try:
+            with self._database as database:
+                database.execute("DELETE FROM answers WHERE until <= ?", (wall,))
+            rows = database.execute("SELECT * FROM answers ORDER BY until").fetchall()
+        except _BROKEN as exc:
+            self.close()
+            if self._is_of_the_place(exc):
+                self._give_up(exc, now)
+            else:
+                self._put_aside(exc)
+                self._database = self._open()
+            return []
+        answers = [answer for row in rows if (answer := _recorded(row, now, wall)) is not None]
+        if len(answers) < len(rows):
+            log.error("%d of %d answers in the journal %s are broken.", len(rows) - len(answers), len(rows), self._file)
+        return answers
 
     def write(self, record: Record, now: float, wall: float) -> None:
         """Write down what `record` says, in one transaction. A failure is logged once and noted in `problem`."""
@@ -93,7 +117,7 @@ class Journal:
                     record.taken,
                 )
                 self._drop_oldest(database, wall)
-        except (sqlite3.Error, SettingsError) as exc:
+        except (*_BROKEN, SettingsError) as exc:
             self._give_up(exc, now)
         else:
             if self.problem:
@@ -111,13 +135,10 @@ class Journal:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             try:
                 return _opened(self._file)
-            except sqlite3.DatabaseError as exc:
-                if isinstance(exc, sqlite3.OperationalError):
+            except _BROKEN as exc:
+                if self._is_of_the_place(exc):
                     raise
-                log.error("The journal %s is broken (%s); it is put aside and begun anew.", self._file, exc)
-                self._file.replace(self._file.with_name(f"{self._file.name}.broken"))
-                for tail in ("-wal", "-shm"):
-                    self._file.with_name(self._file.name + tail).unlink(missing_ok=True)
+                self._put_aside(exc)
                 return _opened(self._file)
         except sqlite3.OperationalError as exc:
             if "locked" in str(exc):
@@ -134,6 +155,22 @@ class Journal:
                 f"The journal {self._file} cannot be written: {exc.strerror or exc}.",
                 fix="Name a folder that can be written with `state`, or choose another `delivery`.",
             ) from exc
+
+    def _is_of_the_place(self, exc: Exception) -> bool:
+        """Whether the disk or another process is at fault, and not what the file holds.
+
+        sqlite has no class for it, and its codes are told from Python 3.11 on only; the texts are `sqlite3_errstr`'s.
+        """
+        if "readonly" in str(exc):  # a file can say so of itself
+            return not (os.access(self._file, os.W_OK) and os.access(self._file.parent, os.W_OK))
+        told = ("locked", "unable to open", "disk I/O", "is full", "out of memory")
+        return isinstance(exc, sqlite3.OperationalError) and any(text in str(exc) for text in told)
+
+    def _put_aside(self, exc: Exception) -> None:
+        log.error("The journal %s is broken (%s); it is put aside and begun anew.", self._file, exc)
+        self._file.replace(self._file.with_name(f"{self._file.name}.broken"))
+        for tail in ("-wal", "-shm"):
+            self._file.with_name(self._file.name + tail).unlink(missing_ok=True)
 
     def _drop_oldest(self, database: sqlite3.Connection, wall: float) -> None:
         """Forget what is past its time, and beyond that as much as the bound asks for."""
@@ -167,6 +204,9 @@ def _opened(file: Path) -> sqlite3.Connection:
         with database:
             database.execute(_CREATE)
             database.execute(f"PRAGMA user_version = {_LAYOUT}")
+        columns = tuple(name for _, name, *_ in database.execute("PRAGMA table_info(answers)"))
+        if columns != _COLUMNS:
+            raise sqlite3.DatabaseError(f"it has the columns {columns}")
         with closing(database.execute("SELECT COUNT(*) FROM answers")) as counted:
             counted.fetchone()
     except BaseException:
@@ -189,15 +229,21 @@ def _row(recorded: Recorded, now: float, wall: float) -> tuple[Any, ...]:
     )
 
 
-def _recorded(row: Iterator[Any], now: float, wall: float) -> Recorded:
-    request, reply, correlation, fingerprint, payload, content_type, echoed, user, until, taken = row
-    remaining_s = until - wall
+def _recorded(row: tuple[Any, ...], now: float, wall: float) -> Recorded | None:
+    """The answer in a row; None if it cannot be one that we wrote."""
+    try:
+        request, reply, correlation, fingerprint, payload, content_type, echoed, user, until, taken = row
+        pairs = tuple((name, value) for name, value in json.loads(user))
+        remaining_s = min(until - wall, REMEMBERED_S)
+        expiry_s = max(1, round(remaining_s))
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        return None
+    texts = (request, reply, content_type or "", *itertools.chain(*pairs))
+    blobs = (correlation, fingerprint, payload, echoed or b"")
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(blob, bytes) for blob in blobs):
+        return None
+    if taken not in (0, 1) or not reply or set(reply) & set("+#\0"):  # a broker closes the connection for such a topic
+        return None
     key: Key = (request, reply, correlation)
-    properties = Properties(
-        correlation_data=echoed,
-        content_type=content_type,
-        message_expiry_s=max(1, round(remaining_s)),
-        user=tuple((name, value) for name, value in json.loads(user)),
-    )
-    answer = Message(reply, payload, properties=properties)
-    return Recorded(key, fingerprint, answer, now + remaining_s, bool(taken))
+    properties = Properties(correlation_data=echoed, content_type=content_type, message_expiry_s=expiry_s, user=pairs)
+    return Recorded(key, fingerprint, Message(reply, payload, properties=properties), now + remaining_s, bool(taken))

@@ -47,6 +47,9 @@ from edge_sdk.mqtt.transports.base import (
 DEFAULT_WINDOW = 64
 """Answers in flight. A broker's default Receive Maximum is 65,535; ours bounds what a lost connection sends again."""
 
+REMEMBERED_S = 60.0
+"""For how long an answer is given again to who asks again."""
+
 _COST_OF_OBJECTS = 2048
 """Bytes of Python objects around a remembered answer, about."""
 
@@ -177,7 +180,7 @@ class Session:
         too_large: Callable[[Message, int], Message],
         window: int = DEFAULT_WINDOW,
         remembered_bytes: int = 8 * 1024 * 1024,
-        remembered_s: float = 60.0,
+        remembered_s: float = REMEMBERED_S,
         durable: bool = False,
         numbers: Iterator[int] | None = None,
     ) -> None:

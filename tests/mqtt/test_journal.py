@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 
 from edge_sdk.errors import SettingsError
 from edge_sdk.mqtt.journal import Journal
-from edge_sdk.mqtt.session import Publish, Record, Recorded, ReplyRoute, Session
+from edge_sdk.mqtt.session import REMEMBERED_S, Publish, Record, Recorded, ReplyRoute, Session
 from edge_sdk.mqtt.transports.base import Acknowledged, BrokerLimits, Message, Properties, Received
 
 ROUTE = ReplyRoute("edge/v1/reply/me", b"7")
@@ -107,10 +109,10 @@ def test_the_next_daemon_knows_what_was_answered(taken: bool, journal: Journal) 
 
 
 def test_what_is_past_its_time_is_forgotten(journal: Journal) -> None:
-    journal.write(Record((recorded(until=60.0), recorded(until=600.0, key=b"8")), ()), 0.0, 1000.0)
+    journal.write(Record((recorded(until=60.0), recorded(until=130.0, key=b"8")), ()), 0.0, 1000.0)
 
     assert [b"8"] == [one.key[2] for one in journal.load(0.0, 1100.0)]
-    assert [pytest.approx(500.0)] == [one.until for one in journal.load(0.0, 1100.0)]
+    assert [pytest.approx(30.0)] == [one.until for one in journal.load(0.0, 1100.0)]
 
 
 def test_the_journal_is_bounded(tmp_path: Path) -> None:
@@ -151,6 +153,58 @@ def test_a_broken_journal_is_put_aside(damage: bytes, tmp_path: Path) -> None:
     assert 1 == len(journal.load(0.0, 0.0))
     assert damage == (tmp_path / "answers.db.broken").read_bytes()
     journal.close()
+
+
+def altered(file: Path, statement: str) -> list[Recorded]:
+    """What is left of three answers after somebody else had his way with the file."""
+    journal = Journal(file)
+    journal.write(Record((recorded(key=b"1"), recorded(key=b"2"), recorded(key=b"3")), ()), 0.0, 1000.0)
+    journal.close()
+    with closing(sqlite3.connect(file)) as database, database:
+        database.execute(statement)
+    reopened = Journal(file)
+    found = reopened.load(0.0, 1000.0)
+    reopened.write(Record((recorded(key=b"4"),), ()), 0.0, 1000.0)
+    assert "" == reopened.problem
+    reopened.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "until = 'soon'", "user = '{'", "user = '[1]'", "user = '[[1, 2]]'", "user = x'00'", "payload = 'text'",
+        "content_type = x'00'", "echoed = 'text'", "fingerprint = 5", "taken = 'x'", "reply_topic = ''",
+        "reply_topic = 'a/+'", "request_topic = x'ff'",
+    ],
+)  # fmt: skip
+def test_a_row_that_is_none_of_ours_is_left_out(change: str, tmp_path: Path) -> None:
+    """A disk that altered one answer costs that one at most, and never a daemon's start."""
+    found = altered(tmp_path / "answers.db", f"UPDATE answers SET {change} WHERE correlation = x'32'")
+
+    assert [(b"1", ANSWER.payload), (b"3", ANSWER.payload)] == [(one.key[2], one.answer.payload) for one in found]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DROP TABLE answers",
+        "UPDATE answers SET user = CAST(x'ff' AS TEXT)",  # text that is not UTF-8
+        "ALTER TABLE answers DROP COLUMN user",
+        "ALTER TABLE answers RENAME COLUMN until TO since",
+    ],
+)
+def test_a_journal_of_another_layout_is_begun_anew(statement: str, tmp_path: Path) -> None:
+    assert [] == altered(tmp_path / "answers.db", statement)
+
+
+def test_a_clock_that_went_back_keeps_no_answer_for_longer(journal: Journal) -> None:
+    """A board without a battery starts in 1970: what was to be kept for a minute is kept for a minute."""
+    journal.write(Record((recorded(until=60.0),), ()), 0.0, 1.8e9)
+    (found,) = journal.load(5.0, 0.0)
+
+    assert 5.0 + REMEMBERED_S == found.until
+    assert REMEMBERED_S == found.answer.properties.message_expiry_s
 
 
 def test_a_full_disk_costs_the_journal_and_not_the_answer(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from edge_sdk.mqtt.transports.packets import (
     Oversize,
     decode_puback,
     decode_publish,
+    decode_publish_head,
     encode_puback,
     encode_publish,
     publish_size,
@@ -114,6 +115,18 @@ def test_a_lying_length_costs_nothing() -> None:
         packets_of(b"\x30\xff\xff\xff\x7f", 5, largest=2_000_000)
 
     assert MAX_REMAINING_LENGTH + 5 == caught.value.size
+
+
+@pytest.mark.parametrize("message", [Message("a/topic", b"payload"), Message("a/topic", b"payload", qos=0)])
+def test_a_head_that_is_not_all_here_is_awaited(message: Message) -> None:
+    """However little of an oversized packet came: nothing is known yet, or topic and id are, and it is never malformed.
+    The connection would be closed for it, and the broker would send it again."""
+    body = memoryview(encode_publish(message, 7 if message.qos else None, 4))[2:]
+    known = 2 + len("a/topic") + 2 * message.qos
+    heads = [decode_publish_head(0x32 if message.qos else 0x30, body[:length]) for length in range(len(body) + 1)]
+
+    assert [None] * known == heads[:known]
+    assert {("a/topic", 7 if message.qos else None)} == set(heads[known:])
 
 
 def test_a_large_packet_is_received_in_place() -> None:

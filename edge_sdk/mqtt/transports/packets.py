@@ -188,8 +188,13 @@ def decode_publish(first: int, body: memoryview, version: MqttVersion) -> tuple[
 
 
 def decode_publish_head(first: int, body: memoryview) -> tuple[str, int | None] | None:
-    """Topic and packet id of a PUBLISH of which only the beginning is here; None: even they are not."""
+    """Topic and packet id of a PUBLISH of which only the beginning is here; None: even they are not.
+
+    Raises MalformedPacket.
+    """
     try:
+        if len(body) < 2 + _U16.unpack_from(body)[0]:
+            return None
         topic, position = _text(body, 0)
         return topic, _U16.unpack_from(body, position)[0] if first & 6 else None
     except (struct.error, IndexError):
