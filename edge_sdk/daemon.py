@@ -25,7 +25,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
@@ -73,6 +73,7 @@ if TYPE_CHECKING:  # what few daemons use is loaded by those that do
     from edge_sdk.mqtt.group import Membership
     from edge_sdk.mqtt.journal import Journal
     from edge_sdk.mqtt.rate import ClientRates
+    from edge_sdk.sensors import Sensors
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +154,8 @@ class Daemon:
         self._reload_requested = False
         self._changed = False
         self._announced: dict[str, bytes] = {}
+        self._sensors: Sensors | None = None
+        self._condition: Mapping[str, Any] = {}
         self._stats_at = 0.0
         self._alive_at = 0.0
         self._look_at = 0.0
@@ -419,6 +422,7 @@ class Daemon:
                 self._health.update(self._stats(now), ready=self._is_ready())
         if now >= self._stats_at:
             self._stats_at = now + self._settings.stats_interval_s
+            self._condition = self._read_condition()
             if self._link.is_connected:
                 self._link.publish(
                     Message(
@@ -449,7 +453,16 @@ class Daemon:
             **journal,
             **group,
             "memory_bytes": _resident_bytes(),
+            "machine": self._condition,
         }
+
+    def _read_condition(self) -> Mapping[str, Any]:
+        """What the machine tells of itself, looked for only where somebody looks: the figures are due."""
+        if self._sensors is None:
+            from edge_sdk.sensors import Sensors
+
+            self._sensors = Sensors()
+        return self._sensors.read()
 
     def _is_ready(self) -> bool:
         """Whether requests come in, and some model answers them."""

@@ -152,7 +152,38 @@ class _Collector:
                 yield GaugeMetricFamily("edge_sdk_mqtt_unsent", "Answers that wait for the broker", value=value)
             elif isinstance(value, int):
                 yield CounterMetricFamily(f"edge_sdk_mqtt_{key}", f"MQTT messages: {key}", value=value)
+        yield from self._of_machine()
         yield from self._of_models()
+
+    def _of_machine(self) -> Iterator[Any]:
+        """What `edge_sdk.sensors` reads, in base units; a figure that the machine does not tell has no metric."""
+        from prometheus_client.core import GaugeMetricFamily
+
+        machine = self._stats.get("machine", {})
+        for key, name, text, factor in (
+            ("throttled", "throttled", "Whether the machine slows itself down now", 1),
+            ("under_voltage", "under_voltage", "Whether its supply is too weak now", 1),
+            ("cpu_mhz", "cpu_hertz", "Clock of the CPUs, on average", 1e6),
+            ("cpu_max_mhz", "cpu_max_hertz", "The highest clock of any CPU", 1e6),
+            ("gpu_load_percent", "gpu_load_ratio", "How busy the GPU is", 0.01),
+            ("load_1min", "load1", "Processes that run or want to, over a minute", 1),
+            ("memory_total_bytes", "memory_total_bytes", "Memory of the machine", 1),
+            ("memory_available_bytes", "memory_available_bytes", "Memory that is left on the machine", 1),
+        ):
+            if key in machine:
+                yield GaugeMetricFamily(f"edge_sdk_machine_{name}", text, value=machine[key] * factor)
+        for key, name, label, text in (
+            ("temperature_c", "temperature_celsius", "sensor", "Temperature"),
+            ("power_w", "power_watts", "rail", "Power drawn"),
+        ):
+            family = GaugeMetricFamily(f"edge_sdk_machine_{name}", text, labels=[label])
+            for which, value in machine.get(key, {}).items():
+                family.add_metric([which], value)
+            yield family
+        if "power_mode" in machine:
+            info = GaugeMetricFamily("edge_sdk_machine_power_mode", "Always 1", labels=["mode"])
+            info.add_metric([machine["power_mode"]], 1)
+            yield info
 
     def _of_models(self) -> Iterator[Any]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily

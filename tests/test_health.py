@@ -15,6 +15,15 @@ from edge_sdk.health import Health
 STATS = {
     "uptime_s": 12.5,
     "memory_bytes": 84_000_000,
+    "machine": {
+        "temperature_c": {"cpu-thermal": 51.5},
+        "throttled": True,
+        "power_w": {"VDD_IN": 6.0},
+        "power_mode": "15W",
+        "cpu_mhz": 1120,
+        "gpu_load_percent": 43.0,
+        "memory_available_bytes": 3_072_000_000,
+    },
     "mqtt": {"received": 7, "duplicates": 1, "unsent": 2},
     "models": {
         "digits/1": {
@@ -97,6 +106,28 @@ def test_metrics_are_prometheus_text(health: Health) -> None:
     assert 7.0 == samples["edge_sdk_mqtt_received_total",]
     assert 2.0 == samples["edge_sdk_mqtt_unsent",]
     assert 84e6 == samples["edge_sdk_resident_bytes",]
+
+
+def test_metrics_tell_how_the_machine_is(health: Health) -> None:
+    """In base units; what it does not tell has no sample."""
+    parser = pytest.importorskip("prometheus_client.parser", reason="the extra `metrics` is not installed")
+    health.update(STATS, ready=True)
+    samples = {
+        (sample.name.removeprefix("edge_sdk_machine_"), *sample.labels.values()): sample.value
+        for family in parser.text_string_to_metric_families(get(health, "/metrics")[1])
+        for sample in family.samples
+        if sample.name.startswith("edge_sdk_machine_")
+    }
+
+    assert {
+        ("temperature_celsius", "cpu-thermal"): 51.5,
+        ("throttled",): 1.0,
+        ("power_watts", "VDD_IN"): 6.0,
+        ("power_mode", "15W"): 1.0,
+        ("cpu_hertz",): 1120e6,
+        ("gpu_load_ratio",): 0.43,
+        ("memory_available_bytes",): 3_072_000_000.0,
+    } == samples
 
 
 def test_before_the_first_figures_there_are_metrics_too(health: Health) -> None:

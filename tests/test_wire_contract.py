@@ -30,11 +30,13 @@ from edge_sdk.mqtt.transports.base import (
 from edge_sdk.mqtt.transports.paho import PahoTransport
 from edge_sdk.package import EnginePackage
 from edge_sdk.runtime.messages import Answer
+from edge_sdk.sensors import Sensors
 from edge_sdk.tasks.npy import decode_npy
 from edge_sdk.tasks.oip import decode_request, decode_response
 from edge_sdk.tensors import OIP_FROM_DTYPE, Array, dtype_name
 from tests.brokers import MOSQUITTO, Broker, eventually, running_mosquitto
 from tests.daemon.processes import DEVICE, DaemonProcess, running_daemon
+from tests.machines import MACHINES, put
 from tests.packages import make_package, scaling
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -298,6 +300,7 @@ def test_statistics_are_what_the_schema_says(listener: Listener) -> None:
     stats = eventually(counted, "stats with an answer in them")
 
     check(stats, "stats")
+    assert stats["machine"]["memory_available_bytes"] > 0
     assert stats["models"]["double/1"]["answers"]["200"] >= 1
 
 
@@ -318,6 +321,16 @@ def test_a_daemon_answers_a_request_vector_with_the_response_vector(listener: Li
     header = json.loads(answer.payload[: int(length)] if length else answer.payload)
     check(header, "inference-response")
     check(json.loads(_payload(request)[: request["header_length"]]), "inference-request")
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_how_any_machine_is_fits_the_schema(tmp_path: Path, machine: str) -> None:
+    """A Jetson tells more than a virtual machine; each key that any of them tells is documented."""
+    condition = Sensors(put(tmp_path, MACHINES[machine])).read()
+    documented = schema("stats")["properties"]["machine"]
+
+    pytest.importorskip("jsonschema", reason="jsonschema is not installed").validate(condition, documented)
+    assert set() == set(condition) - set(documented["properties"])
 
 
 def test_a_picture_and_an_error_are_what_the_schemas_say(listener: Listener, digits: EnginePackage) -> None:

@@ -67,9 +67,11 @@ class Scene:
         broker_settings: dict[str, Any] | None = None,
         promises: dict[str, Any] | None = None,
         supervised: bool = False,
+        program: str = "edge_sdk",
         **settings: str,
     ) -> None:
-        """`supervised`: a daemon that ends by itself is started again at once, as systemd does it."""
+        """`supervised`: a daemon that ends by itself is started again at once, as systemd does it. `program` is the
+        module whose `serve` is run."""
         self.folder = folder
         self.engines = engines
         self.load = load or Load(DEVICE)
@@ -77,6 +79,7 @@ class Scene:
         self._broker_settings = {"autosave_on_changes": "true", **(broker_settings or {})}
         self._promises = promises or {}
         self._supervised = supervised
+        self._program = program
         self._settings = settings
         self._stack = contextlib.ExitStack()
         self._closing = threading.Event()
@@ -99,6 +102,7 @@ class Scene:
                 f"mqtt://127.0.0.1:{self.proxy.port}",
                 self.folder / "daemon.log",
                 device=self.load.device,
+                program=self._program,
                 **self._settings,
             )
             stack.callback(self._end_daemon)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from onnx import TensorProto, helper
 
 from edge_sdk.errors import NoAnswer, Unavailable
@@ -15,11 +16,12 @@ from edge_sdk.mqtt.transports.base import Message, Properties
 from tests.brokers import Broker, eventually
 from tests.daemon.processes import error_of
 from tests.daemon.test_requests import Wire
-from tests.faults.conftest import MODELS, POISON, OpenDaemon, OpenScene, alive, doubled, numbers
+from tests.faults.conftest import MODELS, POISON, OpenDaemon, OpenScene, alive, doubled, numbers, stats_from
 from tests.faults.fleet import FACTOR, PATIENT, Load
 from tests.faults.history import Answered
 from tests.faults.scene import DEVICE, busy
 from tests.faults.systemd import Ear
+from tests.machines import JETSON, put
 from tests.packages import filling, graph, make_package, scaling
 
 Engines = Callable[..., Path]
@@ -200,21 +202,40 @@ def test_case_62_native_code_that_crashes(open_scene: OpenScene, misbehaving_eng
     assert report.kept, report
 
 
-def test_case_63_a_device_that_became_slow(open_scene: OpenScene, misbehaving_engines: Engines) -> None:
-    """Twice as much is asked as can be computed: what can be, is; the rest is told 429 or 408, in time."""
+def test_case_63_a_device_that_became_slow(
+    open_scene: OpenScene, misbehaving_engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice as much is asked as can be computed: what can be, is; the rest is told 429 or 408, in time. The figures say
+    that the device holds itself back, and how warm it is."""
     each_s = 0.02
     slow = misbehaving_engines({"do": "sleep", "seconds": each_s}, max_batch=1)
     load = Load(DEVICE, model="odd", in_flight=8, pause_s=0.01, timeout_s=15.0, expected=(200, 429, 408))
-    scene = open_scene(engines=slow, load=load, limits__max_queue="8", serving__inline_ms="0")
+    machine = put(tmp_path / "machine", JETSON)
+    monkeypatch.setenv("MACHINE_ROOT", str(machine))
+    scene = open_scene(
+        engines=slow,
+        load=load,
+        program="tests.daemon.another_machine",
+        limits__max_queue="8",
+        serving__inline_ms="0",
+        stats_interval_s="0.2",
+    )
     scene.wait_for_answers(20)
+    cool = stats_from(scene.broker)["machine"]
+    hot = {"sys/class/thermal/thermal_zone0/temp": "99500", "sys/class/thermal/cooling_device1/cur_state": "3"}
+    put(machine, hot)
     before, begun = scene.answers(), time.monotonic()
     busy(4.0)
     goodput = (scene.answers() - before) / (time.monotonic() - begun)
+    warm = stats_from(scene.broker)["machine"]
     report = scene.finish()
     refused = [e for e in scene.history.events if isinstance(e, Answered) and e.status in (408, 429)]
 
     assert refused
     assert goodput > 0.7 / each_s
+    assert (False, 51.5) == (cool["throttled"], cool["temperature_c"]["cpu-thermal"])
+    assert (True, 99.5) == (warm["throttled"], warm["temperature_c"]["cpu-thermal"])
+    assert ["cpu-throttle-alert"] == warm["throttled_by"]
     assert report.kept, report
 
 
