@@ -10,6 +10,10 @@ sessions at each change.
 Without kills of the broker every request is the daemon's to answer: half of the clients never send anything again, and
 the model takes its time, so that requests die with the daemon while they wait and while they are computed.
 
+    python -m tests.faults.kill --delivery durable
+
+Now answers are written down before they go out, and a daemon gives those of the one before it.
+
 History, report and the daemon's log stay in the output folder; the exit code is the checker's.
 """
 
@@ -34,14 +38,24 @@ SLOW_S = 0.05
 Tell = Callable[[str], None]
 
 
-def run(folder: Path, *, daemon: int, broker: int, seed: int = 0, tell: Tell = lambda text: None) -> Report:
+def run(
+    folder: Path,
+    *,
+    daemon: int,
+    broker: int,
+    seed: int = 0,
+    delivery: str = "at-least-once",
+    tell: Tell = lambda text: None,
+) -> Report:
     """Kill so many times, then let everybody have their answer, and judge."""
     draw = random.Random(seed)
     victims = ["daemon"] * daemon + ["broker"] * broker
     draw.shuffle(victims)
     load = Load(DEVICE, timeout_s=120.0)
     engines = make_engines(folder / "engines", slow_s=0.0 if broker else SLOW_S)
-    with Scene(folder, engines, load=load, clients=KINDS if broker else PATIENT, serving__inline_ms="1") as scene:
+    clients = KINDS if broker else PATIENT
+    settings = {"serving__inline_ms": "1", "delivery": delivery, "state": str(folder)}
+    with Scene(folder, engines, load=load, clients=clients, **settings) as scene:
         for number, victim in enumerate(victims, 1):
             busy(draw.uniform(0.0, LONGEST_LIFE_S))
             with scene.fault(f"{victim} kill"):
@@ -61,12 +75,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--daemon", type=int, default=1000, help="how often the daemon is killed")
     parser.add_argument("--broker", type=int, default=100, help="how often the broker is killed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--delivery", choices=("at-least-once", "durable"), default="at-least-once")
     parser.add_argument("--output", type=Path, default=None, help="a folder for history, report and log")
     chosen = parser.parse_args(arguments)
     folder = chosen.output or Path(tempfile.mkdtemp(prefix="edge-sdk-kills-"))
     folder.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
-    report = run(folder, daemon=chosen.daemon, broker=chosen.broker, seed=chosen.seed, tell=_tell)
+    report = run(
+        folder, daemon=chosen.daemon, broker=chosen.broker, seed=chosen.seed, delivery=chosen.delivery, tell=_tell
+    )
     _tell(f"{report}\n{time.monotonic() - begun:.0f} s in all; everything is in {folder}")
     return 0 if report.kept else 1
 

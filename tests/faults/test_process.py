@@ -76,10 +76,12 @@ def test_case_65_sigterm_without_a_broker(
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(("daemon", "broker"), [(12, 4), (12, 0)])
-def test_case_65_killed_at_random_moments(tmp_path: Path, daemon: int, broker: int) -> None:
+@pytest.mark.parametrize(
+    ("daemon", "broker", "delivery"), [(12, 4, "at-least-once"), (12, 0, "at-least-once"), (8, 2, "durable")]
+)
+def test_case_65_killed_at_random_moments(tmp_path: Path, daemon: int, broker: int, delivery: str) -> None:
     """kill -9 of the daemon and of the broker under load. `python -m tests.faults.kill` does it a thousand times."""
-    report = kill.run(tmp_path, daemon=daemon, broker=broker, seed=65)
+    report = kill.run(tmp_path, daemon=daemon, broker=broker, seed=65, delivery=delivery)
 
     assert daemon == report.counts["x daemon kill"]
     assert report.kept, report
