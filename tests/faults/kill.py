@@ -54,8 +54,9 @@ def run(
     load = Load(DEVICE, timeout_s=120.0)
     engines = make_engines(folder / "engines", slow_s=0.0 if broker else SLOW_S)
     clients = KINDS if broker else PATIENT
-    settings = {"serving__inline_ms": "1", "delivery": delivery, "state": str(folder)}
-    with Scene(folder, engines, load=load, clients=clients, **settings) as scene:
+    with Scene(
+        folder, engines, load=load, clients=clients, serving__inline_ms="1", delivery=delivery, state=str(folder)
+    ) as scene:
         for number, victim in enumerate(victims, 1):
             busy(draw.uniform(0.0, LONGEST_LIFE_S))
             with scene.fault(f"{victim} kill"):
