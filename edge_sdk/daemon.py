@@ -144,6 +144,7 @@ class Daemon:
             newest_wins=settings.delivery == "fast",
             inline_ms=settings.serving.inline_ms,
             on_lost=_end_lost,
+            on_due=self._link.wake,
             store=settings.engine_cache,
             building=settings.building.enabled,
         )

@@ -57,6 +57,8 @@ class BatchPlanner:
     limits: QueueLimits = QueueLimits()
     newest_wins: bool = False
     """Of each client only the latest request waits: for streams, where an answer to an old frame helps nobody."""
+    held_bytes: int = 0
+    """Of requests that were taken and wait elsewhere, on their way to be computed: they count as waiting."""
     _flows: OrderedDict[_Flow, deque[Request]] = field(default_factory=OrderedDict)
     """The one that was served longest ago first; none is empty."""
     _requests: Counter[str] = field(default_factory=Counter)
@@ -144,7 +146,7 @@ class BatchPlanner:
         """Who has to leave for `request`, beside those that are `leaving` anyway; QueueFull if it holds the most."""
         size = len(request.payload.data)
         count = self._waiting - len(leaving)
-        total = self._waiting_bytes - sum(len(each.payload.data) for each in leaving)
+        total = self.held_bytes + self._waiting_bytes - sum(len(each.payload.data) for each in leaving)
         victims: list[Request] = []
         if count < self.limits.max_requests and total + size <= self.limits.max_bytes:
             return victims

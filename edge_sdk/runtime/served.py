@@ -12,18 +12,21 @@ for it meanwhile.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from edge_sdk.errors import DeadlineExceeded, DeviceLost, RequestError, Unavailable
 from edge_sdk.package import EnginePackage
-from edge_sdk.runtime.batching import BatchPlanner, QueueLimits
+from edge_sdk.runtime.batching import BatchPlanner, Plan, QueueLimits
+from edge_sdk.runtime.decoding import Decoders, Result, Stage
 from edge_sdk.runtime.messages import Answer, Request
 from edge_sdk.runtime.statistics import Statistics
 from edge_sdk.runtime.worker import Worker
 
 State = Literal["LOADING", "READY", "BUILDING", "UNAVAILABLE"]
+
+_NOTHING: Mapping[int, Result] = {}
 
 
 def ignore_loss(loss: DeviceLost) -> None:
@@ -42,9 +45,15 @@ class ServedModel:
         newest_wins: bool = False,
         on_answer: Callable[[Answer], None],
         on_lost: Callable[[DeviceLost], None] = ignore_loss,
+        decoders: Decoders | None = None,
+        on_due: Callable[[], None] = lambda: None,
         clock: Callable[[], float],
     ) -> None:
-        """`on_lost` is told on the computing thread. The requests that were being computed then get no answer."""
+        """`on_lost` is told on the computing thread. The requests that were being computed then get no answer.
+
+        Big pictures are left to the `decoders`; when they are done, `on_due` is called there: a quick model may have
+        something to compute.
+        """
         self.model = model
         self.version = version
         self.key = (model, version)
@@ -61,6 +70,10 @@ class ServedModel:
         self._changed = threading.Condition()  # guards everything below
         self._newest_wins = newest_wins
         self._planner = BatchPlanner(batch=1, limits=limits, newest_wins=newest_wins)
+        self._decoders = decoders
+        self._on_due = on_due
+        self._stage: Stage | None = None
+        """Between the queue and the worker, once there was one that takes pictures."""
         self._worker: Worker | None = None
         """What takes the next batch."""
         self._using: Worker | None = None
@@ -108,7 +121,8 @@ class ServedModel:
     @property
     def waiting(self) -> int:
         """How many requests wait; one more if any are being computed."""
-        return len(self._planner) + (self._using is not None)
+        stage = self._stage
+        return len(self._planner) + (stage.waiting if stage is not None else 0) + (self._using is not None)
 
     def submit(self, request: Request) -> None:
         """Queue a request, also while the model is still loading; raises QueueFull or Unavailable."""
@@ -131,6 +145,10 @@ class ServedModel:
                 self._planner.batch = batching.best_batch
                 self._planner.max_wait_s = batching.max_wait_ms / 1000
                 self._planner.newest_wins = batching.newest_wins or self._newest_wins
+                if self._stage is None and self._decoders is not None and worker.task.takes_pictures:
+                    self._stage = Stage(
+                        self._planner, self._decoders, self._changed, on_ready=self._on_due, clock=self._clock
+                    )
                 self.quick = quick
                 self.state, self.reason, self.progress_percent = "READY", reason, None
                 if not quick and self._thread is None:
@@ -171,7 +189,7 @@ class ServedModel:
         """Take the model out of service: what waits is answered 503, what is being computed is finished."""
         with self._changed:
             self._retired = True
-            orphans = self._planner.clear()
+            orphans = [*(self._stage.clear() if self._stage is not None else ()), *self._planner.clear()]
             leaving, self._worker = self._worker, None
             at_rest = leaving is not self._using
             self._changed.notify()
@@ -187,7 +205,7 @@ class ServedModel:
     def wake_at(self) -> float | None:
         """When the next batch is due; None while nothing waits."""
         with self._changed:
-            return self._planner.wake_at(self._clock()) if self._worker is not None else None
+            return self._due_at(self._clock()) if self._worker is not None else None
 
     def run_once(self) -> bool:
         """Compute the next batch, on this thread, if one is due; whether there was anything to do."""
@@ -199,21 +217,37 @@ class ServedModel:
             if self._using is not None:
                 return False
             worker, now = self._worker, self._clock()
-            plan = self._planner.take(now) if worker is not None else self._planner.expire(now)
+            plan, decoded = self._take(worker, now)
             if plan.batch:
                 self._using = worker
         self._turn_away(plan.expired, now)
         if worker is not None and plan.batch:
-            self._compute(worker, plan.batch, now, more=more)
+            self._compute(worker, plan.batch, decoded, now, more=more)
         return bool(plan.batch or plan.expired)
 
-    def _compute(self, worker: Worker, batch: Sequence[Request], now: float, *, more: bool) -> None:
+    def _take(self, worker: Worker | None, now: float) -> tuple[Plan, Mapping[int, Result]]:
+        """What to compute and to turn away now, and what of it is decoded already, by ticket."""
+        if worker is None:
+            return self._planner.expire(now), _NOTHING
+        if self._stage is None:
+            return self._planner.take(now), _NOTHING
+        return self._stage.take(worker, now)
+
+    def _due_at(self, now: float) -> float | None:
+        """When `_take` has something to do for the worker; None: not before something changes."""
+        return self._planner.wake_at(now) if self._stage is None else self._stage.due_at(now)
+
+    def _compute(
+        self, worker: Worker, batch: Sequence[Request], decoded: Mapping[int, Result], now: float, *, more: bool
+    ) -> None:
         try:
-            self._start(worker, batch)
+            self._start(worker, batch, decoded)
             while worker.in_flight:
-                if more and worker.has_room and (following := self._following(worker)):
-                    self._start(worker, following)
-                    continue
+                if more and worker.has_room:
+                    following, decoded = self._following(worker)
+                    if following:
+                        self._start(worker, following, decoded)
+                        continue
                 answers = worker.finish()
                 began, now = now, self._clock()
                 self._planner.computed(len(answers), now - began)
@@ -226,19 +260,19 @@ class ServedModel:
             if not self._lost:  # otherwise it stays in use: nobody computes with it or closes it any more
                 self._release(worker)
 
-    def _start(self, worker: Worker, batch: Sequence[Request]) -> None:
+    def _start(self, worker: Worker, batch: Sequence[Request], decoded: Mapping[int, Result]) -> None:
         self.statistics.count_batch(len(batch))
-        worker.start(batch)
+        worker.start(batch, decoded)
 
-    def _following(self, worker: Worker) -> Sequence[Request]:
+    def _following(self, worker: Worker) -> tuple[Sequence[Request], Mapping[int, Result]]:
         """The next batch for a worker that has one on its way; none once it was swapped or retired."""
         with self._changed:
             if self._worker is not worker:
-                return ()
+                return (), _NOTHING
             now = self._clock()
-            plan = self._planner.take(now)
+            plan, decoded = self._take(worker, now)
         self._turn_away(plan.expired, now)
-        return plan.batch
+        return plan.batch, decoded
 
     def _release(self, worker: Worker) -> None:
         with self._changed:
@@ -274,7 +308,7 @@ class ServedModel:
         if self.quick or self._worker is None or self._using is not None:
             return None
         now = self._clock()
-        due = self._planner.wake_at(now)
+        due = self._due_at(now)
         return None if due is None else max(0.0, due - now)
 
     def _unavailable(self) -> RequestError:

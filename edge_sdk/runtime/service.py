@@ -10,7 +10,8 @@
 Where a model computes is decided by how long it takes. A *quick* one (its warm-up batch took at most `inline_ms`) runs
 on the thread that submits, when that thread says so: handing a request to another thread and its answer back costs more
 than a small model does, and requests that arrive meanwhile wait in the socket, where they form the next batch. Any
-other model has a thread of its own, so that it never holds up the network or another model.
+other model has a thread of its own, so that it never holds up the network or another model. Nor do big pictures, which
+are decoded on threads of their own.
 
 A package that fails to load is UNAVAILABLE with its reason and harms nobody; if an older package of the same model is
 being served, it stays in service.
@@ -46,6 +47,7 @@ from edge_sdk.package import EnginePackage
 from edge_sdk.profiles import DeviceProfile, Machine
 from edge_sdk.runtime.batching import QueueLimits
 from edge_sdk.runtime.catalog import Entry, Key, newest_first, scan, to_load
+from edge_sdk.runtime.decoding import Decoders
 from edge_sdk.runtime.messages import Answer, Request
 from edge_sdk.runtime.served import ServedModel, ignore_loss
 from edge_sdk.runtime.statistics import Statistics
@@ -70,11 +72,14 @@ class Service:
         newest_wins: bool = False,
         inline_ms: float = 10.0,
         on_lost: Callable[[DeviceLost], None] = ignore_loss,
+        on_due: Callable[[], None] = lambda: None,
         store: Path | None = None,
         building: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_answer`, `on_change` and `on_lost` are called from any thread; the first two must only take note.
+        """What is called is called from any thread, and all but `on_lost` must only take note.
+
+        `on_due`: `run_quick` may have something to do, although nothing was submitted.
 
         `on_lost` is told that a device is in a state which only a new process ends. What was being computed gets no
         answer. `store` is the folder for engines that are built here (None: the user's own), if `building` allows it.
@@ -84,6 +89,8 @@ class Service:
         self._on_answer = on_answer
         self._on_change = on_change
         self._on_lost = on_lost
+        self._on_due = on_due
+        self._decoders = Decoders()
         self._machine = machine or Machine.read()
         self._profile = profile
         self._limits = limits
@@ -186,6 +193,7 @@ class Service:
         finished = not self.waiting()
         self._stopping = True
         self._successions.stop()
+        self._decoders.stop()
         self._orders.put(None)
         for model in self._models.values():
             model.retire()
@@ -257,6 +265,8 @@ class Service:
             newest_wins=self._newest_wins,
             on_answer=self._finish,
             on_lost=self._on_lost,
+            decoders=self._decoders,
+            on_due=self._on_due,
             clock=self._clock,
         )
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from edge_sdk.tensors import Feeds, Outputs, sizes_vary
 log = logging.getLogger(__name__)
 
 _TELL_EVERY_S = 60.0
+_NONE: Mapping[int, Decoded | RequestError] = {}
 
 Group = Sequence[tuple[Request, Decoded]]
 """Requests that are computed together: their rows fit one batch of the engine, and they differ in nothing else."""
@@ -136,25 +137,47 @@ class Worker:
         """What the engine gives for one request, without a task and while nothing is on its way."""
         return self._engine.infer(feeds)
 
+    def decode_s(self, request: Request) -> float:
+        """About how long `decode` takes; any thread may ask."""
+        return self.task.decode_s(request.payload)
+
+    def decode(self, request: Request) -> Decoded | RequestError:
+        """A request understood, or what is wrong with it; any thread may call it, at any time."""
+        try:
+            decoded = self.task.decode(request.payload)
+        except RequestError as exc:
+            return exc
+        except Exception:
+            log.exception("A defect of edge-sdk: decoding %r failed.", request)
+            return InferenceFailed("The request could not be decoded; the device's log has the reason.")
+        if self._sizes_vary and self.max_rows == 1:
+            return replace(decoded, rows=0)  # its first axis may be no batch at all, only of a size that varies too
+        if decoded.rows > self.max_rows:
+            return TooLarge(f"The request has a batch of {decoded.rows}; the model takes at most {self.max_rows}.")
+        return decoded
+
     def run_batch(self, requests: Sequence[Request]) -> list[Answer]:
         """Exactly one answer for each of `requests`."""
         self.start(requests)
         return self.finish()
 
-    def start(self, requests: Sequence[Request]) -> None:
-        """Decode `requests` and begin to compute them. There must be room."""
+    def start(self, requests: Sequence[Request], decoded: Mapping[int, Decoded | RequestError] = _NONE) -> None:
+        """Decode `requests`, but for those that are `decoded` (by ticket), and begin to compute them.
+
+        There must be room.
+        """
         flight = _Flight(self._lanes.pop(), requests, self._clock())
         self._flights.append(flight)
         accepted: list[tuple[Request, Decoded]] = []
         for request in requests:
-            decoded = self._decode(request)
-            if isinstance(decoded, RequestError):
-                flight.answers.append(self._answer(request, decoded))
+            one = decoded.get(request.ticket) or self.decode(request)
+            if isinstance(one, RequestError):
+                flight.answers.append(self._answer(request, one))
             else:
-                accepted.append((request, decoded))
-        rows = [decoded.rows for _, decoded in accepted]
+                accepted.append((request, one))
+        rows = [one.rows for _, one in accepted]
         if self._sizes_vary:
-            groups = pack_alike([_sizes(decoded.feeds) for _, decoded in accepted], rows, self.max_rows)
+            groups = pack_alike([_sizes(one.feeds) for _, one in accepted], rows, self.max_rows)
         else:
             groups = pack(rows, self.max_rows)
         flight.groups = [[accepted[index] for index in group] for group in groups]
@@ -180,20 +203,6 @@ class Worker:
         """Give the engine's memory back. Nothing may be on its way."""
         self._lanes = [LooseLane(self._engine)]  # which holds no memory, and lets the engine say that it is closed
         self._engine.close()
-
-    def _decode(self, request: Request) -> Decoded | RequestError:
-        try:
-            decoded = self.task.decode(request.payload)
-        except RequestError as exc:
-            return exc
-        except Exception:
-            log.exception("A defect of edge-sdk: decoding %r failed.", request)
-            return InferenceFailed("The request could not be decoded; the device's log has the reason.")
-        if self._sizes_vary and self.max_rows == 1:
-            return replace(decoded, rows=0)  # its first axis may be no batch at all, only of a size that varies too
-        if decoded.rows > self.max_rows:
-            return TooLarge(f"The request has a batch of {decoded.rows}; the model takes at most {self.max_rows}.")
-        return decoded
 
     def _launch(self, flight: _Flight, group: Group) -> None:
         """Begin to compute a group. What goes wrong is for `_land` to deal with, in its turn; DeviceLost is raised."""

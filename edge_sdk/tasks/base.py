@@ -61,6 +61,12 @@ class Task(Protocol):
 
     content_types: tuple[str, ...]
     """What it accepts."""
+    takes_pictures: bool
+    """Whether there are payloads that take long to decode, and leave the interpreter to others meanwhile."""
+
+    def decode_s(self, payload: Payload) -> float:
+        """About how many seconds `decode` takes on a desktop processor, told from the header; 0.0 for next to none."""
+        ...
 
     def decode(self, payload: Payload) -> Decoded:
         """Feeds for the model; raises Malformed, UnsupportedType, TooLarge or InvalidTensor."""

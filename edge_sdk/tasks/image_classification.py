@@ -22,7 +22,7 @@ import numpy as np
 from edge_sdk.errors import InferenceFailed, UnsupportedType
 from edge_sdk.spec import Postprocess, Preprocess
 from edge_sdk.tasks.base import BINARY, JPEG, JSON, NPY, PNG, TEXT, Body, Decoded, Payload
-from edge_sdk.tasks.images import decode_image
+from edge_sdk.tasks.images import decode_image, decoding_s
 from edge_sdk.tasks.oip import encode_response
 from edge_sdk.tasks.tensors import TensorTask, class_text, sniff
 from edge_sdk.tensors import Array, Outputs, TensorSpec, check_feeds
@@ -39,6 +39,7 @@ class ImageClassification(TensorTask):
     """Photos in, labels out; tensors in, tensors out."""
 
     content_types: tuple[str, ...] = (JPEG, PNG, JSON, BINARY, NPY)
+    takes_pictures = True
 
     def __init__(
         self,
@@ -54,6 +55,9 @@ class ImageClassification(TensorTask):
         super().__init__(name, version, inputs=inputs, outputs=outputs, labels=labels)
         self.preprocess = preprocess
         self.postprocess = postprocess
+
+    def decode_s(self, payload: Payload) -> float:
+        return decoding_s(payload.data)
 
     def decode(self, payload: Payload) -> Decoded:
         content_type = payload.content_type or sniff(payload.data)

@@ -5,6 +5,10 @@ A JPEG much larger than what the model looks at is decoded at half, a quarter or
 that while decoding), which saves most of the time on camera pictures. EXIF rotation is applied; alpha is dropped; the
 first frame of an animation counts. The same code prepares calibration photos and requests, so an engine is calibrated
 on exactly what it will see. Only the part that `center_crop` keeps is resized.
+
+Pillow decodes with libjpeg-turbo. Wrappers of that library alone do no better where it counts (Pillow 13.0, simplejpeg
+1.9, processor time on one x86-64 core): at half size a JPEG of 2 million pixels takes 8.8 ms against 8.6, one of 12
+million 30.4 against 29.2; a small photo of 500 x 375 takes 0.9 against 0.7 ms, of 1.5 with what follows.
 """
 
 from __future__ import annotations
@@ -54,6 +58,43 @@ def decode_image(data: bytes, preprocess: Preprocess) -> Array:
     except (OSError, SyntaxError, ValueError, struct.error, EOFError, IndexError) as exc:  # as Pillow's plugins do
         raise Malformed("The picture is broken or cut off; it cannot be decoded.") from exc
     return normalize(pixels, preprocess)
+
+
+def decoding_s(data: bytes) -> float:
+    """About how many seconds `decode_image` takes, on one x86-64 core; 0.0 for what is no picture.
+
+    Nothing but the header is read, for the size that it claims. Measured over photos of 0.2 to 12 million pixels and
+    black ones, and right within a factor of two: a JPEG costs by its bytes, a progressive one several times as much, a
+    PNG by its bytes and its pixels, since it cannot be decoded at a smaller size.
+    """
+    if data.startswith(b"\x89PNG"):
+        width, height = (int.from_bytes(data[place : place + 4], "big") for place in (16, 20))
+        return 1e-4 + 25e-9 * len(data) + 5e-9 * min(width * height, MAX_PIXELS)
+    if not data.startswith(b"\xff\xd8"):
+        return 0.0
+    marker, pixels = _jpeg_frame(data)
+    return 1e-4 + (50e-9 if marker == _PROGRESSIVE else 20e-9) * len(data) + 1e-9 * min(pixels, MAX_PIXELS)
+
+
+_PROGRESSIVE = 0xC2
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""Markers of JPEG (ITU-T T.81, table B.1) that begin a frame, whose header has the picture's size."""
+_SEGMENTS = 64
+"""More segments than any camera writes before the frame."""
+
+
+def _jpeg_frame(data: bytes) -> tuple[int, int]:
+    """The marker of the frame and the number of pixels it claims; zeros where there is none to be found."""
+    place = 2
+    for _ in range(_SEGMENTS):
+        if place + 9 > len(data) or data[place] != 0xFF:
+            break
+        marker = data[place + 1]
+        if marker in _FRAMES:
+            height, width = (int.from_bytes(data[at : at + 2], "big") for at in (place + 5, place + 7))
+            return marker, height * width
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return 0, 0
 
 
 def normalize(pixels: Array, preprocess: Preprocess) -> Array:

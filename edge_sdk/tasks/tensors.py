@@ -33,6 +33,7 @@ class TensorTask:
     """Arrays in, arrays out, for a model with these inputs and outputs."""
 
     content_types: tuple[str, ...] = (JSON, BINARY, NPY)
+    takes_pictures = False
 
     def __init__(
         self,
@@ -52,6 +53,9 @@ class TensorTask:
         self._raw_shape = _fixed_shape(inputs[0])
         self._raw_dtype = numpy_dtype(inputs[0].dtype).newbyteorder("<")
         self._raw_bytes = math.prod(self._raw_shape or ()) * self._raw_dtype.itemsize
+
+    def decode_s(self, payload: Payload) -> float:
+        return 0.0
 
     def decode(self, payload: Payload) -> Decoded:
         content_type = payload.content_type or sniff(payload.data)

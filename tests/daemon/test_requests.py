@@ -526,3 +526,15 @@ def test_expired_requests_are_not_computed(broker: Broker, tmp_path: Path, digit
     bare.transport.close()
 
     assert silent
+
+
+def test_a_big_picture_is_answered_as_soon_as_it_is_computed(client: Client) -> None:
+    """Decoded on another thread, which wakes the network's: else each would wait for the second to be over."""
+    stream = io.BytesIO()
+    Image.new("L", (2000, 2000), 200).save(stream, "JPEG")
+    client.infer("digits", stream.getvalue())
+    began = time.monotonic()
+    for _ in range(12):
+        client.infer("digits", stream.getvalue())
+
+    assert time.monotonic() - began < 6.0

@@ -22,7 +22,7 @@ Image = pytest.importorskip("PIL.Image", reason="pictures need the extra `vision
 
 from edge_sdk.errors import Malformed, RequestError, TooLarge, UnsupportedType  # noqa: E402
 from edge_sdk.spec import Preprocess  # noqa: E402
-from edge_sdk.tasks.images import decode_image, normalize  # noqa: E402
+from edge_sdk.tasks.images import decode_image, decoding_s, normalize  # noqa: E402
 from edge_sdk.tensors import Array  # noqa: E402
 
 SMALL = Preprocess(resize=(16, 16))
@@ -72,6 +72,31 @@ def jpeg_claiming(width: int, height: int) -> bytes:
 def pixels_of(data: bytes, preprocess: Preprocess = SMALL) -> Array:
     """Decoded as H x W x C again, to compare with what was drawn."""
     return np.moveaxis(decode_image(data, preprocess)[0], 0, -1)
+
+
+# What it will cost
+
+
+def test_the_cost_is_told_from_the_header() -> None:
+    """By bytes and claimed pixels, whatever stands before the frame; nothing for what is no picture."""
+    plain, exif = Image.fromarray(gradient(1600, 1200)), Image.Exif()
+    exif[ORIENTATION] = 6
+    forms: dict[str, dict[str, Any]] = {"plain": {}, "progressive": {"progressive": True}, "turned": {"exif": exif}}
+    costs = {name: decoding_s(encoded(plain, "JPEG", quality=95, **options)) for name, options in forms.items()}
+    small = decoding_s(encoded(gradient(64, 48), "PNG"))
+
+    assert 0.001 < costs["plain"] < costs["progressive"]
+    assert costs["plain"] == pytest.approx(costs["turned"], rel=0.01)
+    assert 0.04 < decoding_s(jpeg_claiming(9000, 5500)) < decoding_s(png_claiming(9000, 5500)) < 0.3
+    assert small < 0.001
+    assert [0.0, 0.0] == [decoding_s(b"{}"), decoding_s(b"")]
+
+
+@given(st.sampled_from([b"", b"\x89PNG", b"\xff\xd8\xff", b"\xff\xd8\xff\xc0\x00\x11\x08"]), st.binary(max_size=60))
+def test_the_cost_of_anything_is_bounded(start: bytes, rest: bytes) -> None:
+    """No bytes raise, and none costs more than the largest picture that is decoded."""
+
+    assert 0.0 <= decoding_s(start + rest) < 0.3
 
 
 # What is declared is what happens
