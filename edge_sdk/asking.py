@@ -95,6 +95,16 @@ def ask_device(
     return Answered(model, answer.model_version, answer.outputs, predictions, answer.device)
 
 
+def command_device(
+    device: str, name: str, arguments: dict[str, str], *, broker: str | None, timeout_s: float
+) -> dict[str, Any]:
+    """What a device says about a command that it carried out; raises CommandFailed, NoAnswer, BrokerError."""
+    from edge_sdk.mqtt.client import Client
+
+    with Client(broker or Broker().url, device=device, timeout_s=timeout_s) as client:
+        return client.command(name, arguments)
+
+
 def bench_package(package: Path, data: bytes | None, *, concurrency: int, seconds: float) -> BenchResult:
     """A package in this process; without `data`, zeros are sent."""
     opened = EnginePackage.open(package)

@@ -462,6 +462,33 @@ def infer(
     click.echo(_json(answered.to_dict()) if as_json else answered.text())
 
 
+@main.command(short_help="Tell a device to load, unload, drain and the like.")
+@click.argument("device")
+@click.argument("name", type=click.Choice(["ping", "info", "load", "unload", "deploy", "drain", "resume", "selftest"]))
+@click.argument("arguments", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--timeout", default=60.0, show_default=True, help="Seconds to wait for the answer, all in all.")
+@click.option("--broker", metavar="URL", envvar="EDGE_SDK_BROKER__URL", help="By default mqtt://localhost:1883.")
+@_with_json
+def command(
+    device: str, name: str, arguments: tuple[str, ...], timeout: float, broker: str | None, as_json: bool
+) -> None:
+    """Tell DEVICE to do something, and wait until it has. Its settings must say `[commands] enabled = true`.
+
+    \b
+    Examples:
+      edge-sdk command door-cam unload model=digits
+      edge-sdk command door-cam load model=digits
+      edge-sdk command door-cam selftest --json
+    """
+    from edge_sdk.asking import command_device
+
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    if wrong := [argument for argument in arguments if "=" not in argument]:
+        raise click.UsageError(f"{wrong[0]!r} is no KEY=VALUE.")
+    data = command_device(device, name, given, broker=broker, timeout_s=timeout)
+    click.echo(_json(data) if as_json else "\n".join(_settings_lines(data)) or "done")
+
+
 @main.command(short_help="Throughput and latency.")
 @click.argument("target")
 @click.option("--input", "source", metavar="FILE", help="What to send; by default zeros.")

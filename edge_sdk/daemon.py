@@ -69,6 +69,7 @@ from edge_sdk.tasks.base import JSON
 from edge_sdk.tasks.oip import dump_json
 
 if TYPE_CHECKING:  # what few daemons use is loaded by those that do
+    from edge_sdk.control import Control
     from edge_sdk.health import Health
     from edge_sdk.mqtt.group import Membership
     from edge_sdk.mqtt.journal import Journal
@@ -83,6 +84,8 @@ HEALTH_PATIENCE_S = 15.0
 """/healthz says that the daemon stands still when its loop was silent for so long; it turns once a second at least."""
 HARD_STOP_S = 5.0
 """Beyond `drain_s`: a stop that has not ended by then is ended."""
+DRAINED_RETRY_MS = 5000
+"""When to try a drained device again: nobody knows, and it has nothing better to do than to say no."""
 MAX_UNSENT = 4096
 """QoS 0 requests are dropped while so many answers wait for the broker: nobody else holds them back."""
 
@@ -115,6 +118,7 @@ class Daemon:
             qos=self._qos,
         )
         tickets = itertools.count(1)
+        self._draining = False
         self._link = Link(
             transport,
             protocol=settings.broker.protocol,
@@ -148,6 +152,7 @@ class Daemon:
             store=settings.engine_cache,
             building=settings.building.enabled,
         )
+        self._control = self._new_control(tickets) if settings.commands.enabled else None
         self._routes: dict[int, tuple[Session, ReplyRoute, float]] = {}  # ticket -> where the answer goes, by when
         self._answers: deque[Answer] = deque()  # appended by any thread
         self._owner = threading.get_ident()
@@ -241,6 +246,8 @@ class Daemon:
         """A message: a request for the service, or something to be acknowledged and forgotten."""
         message = event.message
         address = self._topics.parse_infer(message.topic)
+        if address is None and self._control is not None and self._control.take(event, now):
+            return
         route = None if address is None or message.retain else self._codec.route(message, address)
         if address is None or route is None:
             # A retained request is an old one; one we may not answer would make us write where its sender may not.
@@ -257,6 +264,8 @@ class Daemon:
         try:
             if not taking:
                 raise Unavailable("The device is stopping.", retry_after_ms=1000)
+            if self._draining and session is self._session:
+                raise Unavailable("The device is drained.", retry_after_ms=DRAINED_RETRY_MS)
             if intake.fate == "reused":
                 raise IdReused("This id was used before, with another payload.", fix="Give each request its own.")
             if self._rates is not None:
@@ -297,6 +306,10 @@ class Daemon:
             if (open_request := self._routes.pop(answer.ticket, None)) is not None:  # else it was given up
                 session, route, deadline = open_request
                 session.answered(answer.ticket, self._codec.message(answer, route, deadline - now), now)
+            elif self._control is not None:
+                self._control.note(answer)
+        if self._control is not None:
+            self._control.perform(now)
 
     def _give_up_late(self, now: float) -> None:
         """Answer 408 to what is still being computed past its deadline; its result will be dropped.
@@ -307,10 +320,41 @@ class Daemon:
         for ticket in [ticket for ticket, (_, _, deadline) in self._routes.items() if deadline <= now]:
             self._answers.append(Answer(ticket, DeadlineExceeded("The deadline passed before the answer was there.")))
 
+    # Commands
+
+    def _new_control(self, tickets: Iterator[int]) -> Control:
+        from edge_sdk.control import Control
+
+        return Control(
+            self._topics,
+            self._session,
+            self._service,
+            tickets,
+            info=lambda: self._info(self._service.by_name()),
+            drain=lambda: self._drain(True),
+            resume=lambda: self._drain(False),
+            wake=self._link.wake,
+        )
+
+    def _drain(self, draining: bool) -> dict[str, Any]:
+        """Take no more requests, and finish those that were accepted; or take them again. How far that is."""
+        if draining != self._draining:
+            self._draining, self._changed = draining, True
+            self._link.listen(self._subscriptions())
+            if self._membership is not None and draining:
+                self._membership.leave()
+            elif self._membership is not None:
+                self._membership.come_back(self._link, time.monotonic())
+            self._notifier.status(self._status())
+        return {"draining": draining, "waiting": self._service.waiting()}
+
     # The connection
 
     def _subscriptions(self) -> dict[str, QoS]:
-        return dict.fromkeys(self._topics.subscriptions(), self._qos)
+        """What is read from the broker now. A device that is drained hears commands only."""
+        requests = [] if self._draining else self._topics.subscriptions()
+        commands: dict[str, QoS] = {self._topics.command_subscription(): 1} if self._settings.commands.enabled else {}
+        return {**dict.fromkeys(requests, self._qos), **commands}
 
     def _new_membership(
         self, transport: Transport, group_transport: Transport | None, tickets: Iterator[int]
@@ -399,7 +443,12 @@ class Daemon:
         }
         group = self._membership.described() if self._membership is not None else None
         return presence.info(
-            boot_id=self._codec.boot_id, profile=self._profile, limits=limits, models=models, group=group
+            boot_id=self._codec.boot_id,
+            profile=self._profile,
+            limits=limits,
+            models=models,
+            group=group,
+            draining=self._draining,
         )
 
     # Housekeeping
@@ -467,12 +516,14 @@ class Daemon:
 
     def _is_ready(self) -> bool:
         """Whether requests come in, and some model answers them."""
-        return self._link.is_connected and any(model.answers for model in self._service.models())
+        return self._link.is_connected and not self._draining and any(model.answers for model in self._service.models())
 
     def _status(self) -> str:
         models = self._service.models()
         ready = sum(model.answers for model in models)
         are_ready = f"{ready} of {len(models)} models ready"
+        if self._draining:
+            are_ready += ", drained"
         if self._link.trouble:
             return f"Not connected: {self._link.trouble} ({are_ready})"
         group = ""
@@ -482,6 +533,8 @@ class Daemon:
 
     def _pause_s(self, now: float) -> float:
         """How long the next poll may wait for something to happen."""
+        if self._control is not None and self._control.has_news:
+            return 0.0
         if self._answers or self._stop_requested or (self._changed and self._link.is_connected):
             return 0.0
         moments = [now + IDLE_POLL_S, self._stats_at, self._link.next_at]

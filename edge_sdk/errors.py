@@ -15,6 +15,7 @@
     |- SettingsError           edge-sdk.toml, EDGE_SDK_* variables, command line
     |- BrokerError             the MQTT broker: unreachable, refusing, gone
     |- NoAnswer                the client waited its whole deadline, or nobody listens
+    |- CommandFailed           a device did not do what it was told; the message is the device's
     `- RequestError            one request; each leaf is a row of the wire contract's error table
        |- Malformed            400
        |- ModelNotFound        404
@@ -130,6 +131,16 @@ class BrokerError(EdgeSdkError):
 
 class NoAnswer(EdgeSdkError):
     exit_code = 6
+
+
+class CommandFailed(EdgeSdkError):
+    """`data` is what the device has to say about it."""
+
+    exit_code = 6
+
+    def __init__(self, problem: str, *, data: dict[str, Any] | None = None, fix: str = "") -> None:
+        super().__init__(problem, fix=fix)
+        self.data = data or {}
 
 
 class RequestError(EdgeSdkError):

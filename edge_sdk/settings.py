@@ -98,6 +98,11 @@ class Building(Table):
     this is off, for good."""
 
 
+class Commands(Table):
+    enabled: bool = False
+    """Whether the device obeys what is published on its command topics. The broker must say who may."""
+
+
 class Settings(Table):
     """Everything `edge-sdk serve` can be told."""
 
@@ -124,6 +129,7 @@ class Settings(Table):
     limits: Limits = Limits()
     serving: Serving = Serving()
     building: Building = Building()
+    commands: Commands = Commands()
 
     @field_validator("reply_prefixes")
     @classmethod

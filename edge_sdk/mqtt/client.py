@@ -28,6 +28,7 @@ import numpy as np
 
 from edge_sdk.errors import (
     BrokerError,
+    CommandFailed,
     DataError,
     EdgeSdkError,
     NoAnswer,
@@ -35,7 +36,7 @@ from edge_sdk.errors import (
     SettingsError,
     Unavailable,
 )
-from edge_sdk.mqtt import topics
+from edge_sdk.mqtt import commands, topics
 from edge_sdk.mqtt.address import connect_options
 from edge_sdk.mqtt.answers import Answer, ClientCodec, Data, Prediction, check_version, described, encoder
 from edge_sdk.mqtt.negotiation import ProtocolSetting
@@ -44,6 +45,7 @@ from edge_sdk.mqtt.reconnection import Reconnection
 from edge_sdk.mqtt.topics import Topics
 from edge_sdk.mqtt.transports.base import (
     FAILURE,
+    NO_MATCHING_SUBSCRIBERS,
     Acknowledged,
     Closed,
     Connected,
@@ -157,6 +159,10 @@ class Client:
         self._submitted: deque[_Job] = deque()
         self._retained: dict[str, bytes] = {}
         self._retained_changed = threading.Condition()
+        self._commands: deque[tuple[str, Message]] = deque()
+        self._commanding: dict[int, str] = {}
+        self._outcomes: dict[str, commands.Outcome | EdgeSdkError | None] = {}
+        """By transaction; None: it is waited for."""
         self._watched = {topics.everyones_availability(root) if device is None else Topics(root, device).availability}
         self._granted: set[str] = set()
         self._refused: dict[str, BrokerError] = {}
@@ -278,6 +284,37 @@ class Client:
         topic = Topics(self._root, self._one_device(device)).model(model)
         return self._described(topic, f"The device serves no model {model!r}, or is not there.")
 
+    def command(
+        self,
+        name: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        device: str | None = None,
+        timeout_s: float | None = None,
+    ) -> dict[str, Any]:
+        """Tell a device to do something, as the wire contract lists it, and wait until it has; what it says about it.
+
+        Raises CommandFailed with the device's reason, and NoAnswer if there is no answer in time: it may have been done
+        all the same.
+        """
+        place = Topics(self._root, self._one_device(device))
+        self._settle(place.command_response(name), until=lambda: True)
+        transaction = f"{self.client_id}-{secrets.token_hex(8)}"
+        with self._retained_changed:
+            self._outcomes[transaction] = None
+            self._commands.append((transaction, commands.ask(name, transaction, arguments or {}, place)))
+            self._transport.wake()
+            limit_s = self._timeout_s if timeout_s is None else timeout_s
+            self._retained_changed.wait_for(lambda: self._outcomes[transaction] is not None or self._closing, limit_s)
+            outcome = self._outcomes.pop(transaction)
+        if isinstance(outcome, EdgeSdkError):
+            raise outcome
+        if outcome is None:
+            raise NoAnswer(f"Device {place.device!r} said nothing about the command {name!r} within {limit_s:g} s.")
+        if outcome.error is not None:
+            raise CommandFailed(f"Device {place.device!r}, {name}: {outcome.error}", data=dict(outcome.data))
+        return dict(outcome.data)
+
     @property
     def statistics(self) -> ClientStatistics:
         return ClientStatistics(
@@ -351,6 +388,7 @@ class Client:
                 self._subscribe()
                 self._start_jobs(now)
                 self._act(time.monotonic())
+                self._send_commands()
                 for event in self._transport.poll(self._until_next(time.monotonic())):
                     self._on(event, time.monotonic())
         except Exception as exc:
@@ -417,6 +455,30 @@ class Client:
             self._resent += request.sends > 0
             self._pending.sent(request, handle)
 
+    def _send_commands(self) -> None:
+        while self._commands and self._reconnection.is_connected:
+            transaction, message = self._commands.popleft()
+            self._commanding[self._transport.publish(message)] = transaction
+
+    def _on_command_taken(self, event: Acknowledged) -> None:
+        transaction = self._commanding.pop(event.handle, None)
+        if transaction is None or (event.code != NO_MATCHING_SUBSCRIBERS and event.code < FAILURE):
+            return
+        if event.code == NO_MATCHING_SUBSCRIBERS:
+            why = NoAnswer(
+                "Nobody listens to commands for that device.",
+                fix="Check its name, that it is online, and that its settings say `[commands] enabled = true`.",
+            )
+        else:
+            why = NoAnswer(f"The broker refused the command with reason code 0x{event.code:02x}.")
+        self._conclude(transaction, why)
+
+    def _conclude(self, transaction: object, outcome: commands.Outcome | EdgeSdkError) -> None:
+        with self._retained_changed:
+            if transaction in self._outcomes:
+                self._outcomes[str(transaction)] = outcome
+                self._retained_changed.notify_all()
+
     def _message(self, request: PendingRequest, job: _Job, now: float) -> Message:
         version = self._reconnection.version
         if job.body_version != version:
@@ -449,6 +511,7 @@ class Client:
         self._connections += 1
         self._granted.clear()
         self._subscribing.clear()
+        self._commanding.clear()
         self._pending.knows_listeners = self._reconnection.version == 5
         self._window = min(WINDOW, event.limits.receive_maximum)
 
@@ -502,6 +565,8 @@ class Client:
             self._on_message(event, now)
         elif isinstance(event, Acknowledged):
             self._pending.acknowledged(event.handle, event.code, now)
+            if self._commanding:
+                self._on_command_taken(event)
         elif isinstance(event, Connected):
             self._on_connected(event, now)
         elif isinstance(event, Subscribed):
@@ -520,6 +585,9 @@ class Client:
             if device is not None:
                 self._retain(message)
                 self._pending.heard(device, message.payload == b"online")
+        elif message.topic.endswith("/response"):
+            if (answered := commands.answered(message.payload)) is not None:
+                self._conclude(*answered)
         else:
             self._retain(message)
 

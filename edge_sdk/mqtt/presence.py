@@ -18,6 +18,7 @@ def info(
     limits: dict[str, Any],
     models: dict[str, list[ServedModel]],
     group: dict[str, Any] | None = None,
+    draining: bool = False,
 ) -> dict[str, Any]:
     """The Open Inference Protocol's server metadata, and what a client has to know before it sends."""
     return {
@@ -29,6 +30,7 @@ def info(
         "limits": limits,
         "models": {name: [model.version for model in versions] for name, versions in models.items()},
         **({"group": group} if group is not None else {}),
+        **({"draining": True} if draining else {}),
     }
 
 

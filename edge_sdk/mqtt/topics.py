@@ -143,6 +143,22 @@ class Topics:
         models = f"{self.root}/{self.device}/models/+"
         return [f"{models}/infer", f"{models}/infer/+/+", f"{models}/versions/+/infer"]
 
+    def command(self, name: str) -> str:
+        return f"{self.root}/{self.device}/cmd/{name}"
+
+    def command_response(self, name: str) -> str:
+        return f"{self.command(name)}/response"
+
+    def command_subscription(self) -> str:
+        """The filter under which commands to this device arrive."""
+        return self.command("+")
+
+    def parse_command(self, topic: str) -> str | None:
+        """The command that `topic` gives this device, by a name that is a name; or None."""
+        head = f"{self.root}/{self.device}/cmd/"
+        name = topic[len(head) :]
+        return name if topic.startswith(head) and _NAME.fullmatch(name) else None
+
     def group_subscription(self, group: str) -> str:
         """The shared subscription through which the devices of a group divide its requests among them."""
         return f"$share/{_client(group)}/{self.root}/group/{group}/models/+/infer"

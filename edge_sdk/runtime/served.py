@@ -106,6 +106,11 @@ class ServedModel:
         return worker.task.content_types if worker is not None else ()
 
     @property
+    def is_retired(self) -> bool:
+        """Whether it was taken out of service, for good."""
+        return self._retired
+
+    @property
     def answers(self) -> bool:
         """Whether it answers requests: it is READY, or BUILDING."""
         return self.state in ("READY", "BUILDING")

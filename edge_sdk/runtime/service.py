@@ -28,6 +28,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,8 @@ class Service:
         self._models: dict[Key, ServedModel] = {}
         self._by_name: dict[str, list[ServedModel]] = {}
         self._counting = threading.Lock()
+        self._unloaded: set[Key] = set()
+        """What `unload` took out of service. Only the loader's thread touches it."""
         self._stopping = False
         self._followed = False  # whether the folder has been read and loaded once
         self._store = store
@@ -132,6 +135,18 @@ class Service:
         A model that is not on the backend its package prefers is loaded anew: an engine may fit now, or be built.
         """
         self._orders.put(lambda: self._load_all(self._adopt()))
+
+    def load(self, model: str | None = None, version: str | None = None) -> Future[dict[str, str]]:
+        """Look at the folder again, and put back what `unload` took away, of one model or of all; in the background.
+
+        Gives the state of each version of the model, or of every model; ModelNotFound, VersionNotFound.
+        """
+        return self._in_turn(lambda found: self._put_back(found, model, version))
+
+    def unload(self, model: str, version: str | None = None) -> Future[dict[str, str]]:
+        """Take a model, or one version of it, out of service until `load`: its requests are answered 503, memory is
+        given back. Gives the states, as `load` does."""
+        return self._in_turn(lambda found: self._take_away(found, model, version))
 
     def submit(self, request: Request) -> None:
         """Take a request. Its answer comes through `on_answer`, perhaps before this returns."""
@@ -210,10 +225,7 @@ class Service:
         if request.version is None:
             return next((model for model in versions if model.package is not None), versions[0])
         if (named := self._models.get((request.model, request.version))) is None:
-            raise VersionNotFound(
-                f"The model {request.model!r} has no version {request.version[:64]!r}; it has "
-                f"{', '.join(model.version for model in versions)}."
-            )
+            raise _no_version(request.model, request.version, versions)
         return named
 
     def _finish(self, answer: Answer) -> None:
@@ -238,13 +250,52 @@ class Service:
             self._load(entry, self._models[entry.key])
             self._on_change()
 
+    def _in_turn(self, act: Callable[[Future[dict[str, str]]], None]) -> Future[dict[str, str]]:
+        """Have the loader's thread do it, which gives the future its result; what it raises is the future's, too."""
+        found: Future[dict[str, str]] = Future()
+
+        def order() -> None:
+            try:
+                act(found)
+            except Exception as exc:
+                found.set_exception(exc)
+
+        self._orders.put(order)
+        return found
+
+    def _put_back(self, found: Future[dict[str, str]], model: str | None, version: str | None) -> None:
+        self._unloaded -= {key for key in self._unloaded if model in (None, key[0]) and version in (None, key[1])}
+        self._load_all(self._adopt())
+        found.set_result(_states(self.models() if model is None else self._named(model, version)))
+
+    def _take_away(self, found: Future[dict[str, str]], model: str, version: str | None) -> None:
+        self._unloaded |= {served.key for served in self._named(model, version)}
+        others = self._adopt()
+        found.set_result(_states(self._named(model, version)))
+        self._load_all(others)
+
+    def _named(self, model: str, version: str | None) -> list[ServedModel]:
+        """The versions of a model, or one of them; raises ModelNotFound, VersionNotFound."""
+        versions = self._by_name.get(model)
+        if not versions:
+            raise ModelNotFound(f"This device has no model {model[:64]!r}.")
+        named = [served for served in versions if version in (None, served.version)]
+        if not named:
+            raise _no_version(model, version or "", versions)
+        return named
+
     def _adopt(self) -> Sequence[Entry]:
         """Make the models in service those of the folder; gives back what has to be loaded for it."""
         places = {model.package.path: key for key, model in self._models.items() if model.package is not None}
         wanted = scan(self._engines, self._machine, self._profile, places)
-        served = {key: model.digest for key, model in self._models.items() if model.is_at_its_best}
-        gone = [model for key, model in self._models.items() if key not in wanted]
-        self._models = {key: self._models.get(key) or self._new_model(key) for key in wanted}
+        stay = {
+            key: model
+            for key, model in self._models.items()
+            if key in wanted and model.is_retired == (key in self._unloaded)
+        }
+        served = {key: model.digest for key, model in stay.items() if model.is_at_its_best}
+        gone = [model for key, model in self._models.items() if key not in stay]
+        self._models = {key: stay.get(key) or self._new_model(key) for key in wanted}
         self._by_name = {
             name: [self._models[name, version] for version in newest_first(v for n, v in wanted if n == name)]
             for name in sorted({name for name, _ in wanted})
@@ -252,14 +303,15 @@ class Service:
         if not wanted:
             log.warning("There is no package in %s; `edge-sdk build-engine` makes one.", self._engines.absolute())
         for model in gone:
-            log.info("%s %s is gone from the folder; it is retired.", model.model, model.version)
+            why = "was unloaded" if model.key in self._unloaded else "is gone from the folder, or comes back"
+            log.info("%s %s %s.", model.model, model.version, why)
             self._successions.cancel(model)
             model.retire()
         self._on_change()
-        return to_load(served, wanted)
+        return [entry for entry in to_load(served, wanted) if entry.key not in self._unloaded]
 
     def _new_model(self, key: Key) -> ServedModel:
-        return ServedModel(
+        model = ServedModel(
             *key,
             limits=self._limits,
             newest_wins=self._newest_wins,
@@ -269,6 +321,10 @@ class Service:
             on_due=self._on_due,
             clock=self._clock,
         )
+        if key in self._unloaded:  # a place that says so
+            model.fail("It was unloaded; the command `load` brings it back.")
+            model.retire()
+        return model
 
     def _load(self, entry: Entry, model: ServedModel) -> None:
         """Bring one package into service, or note why it is not."""
@@ -333,3 +389,13 @@ class Service:
 
     def _do_later(self, order: Callable[[], None]) -> None:
         self._orders.put(order)
+
+
+def _states(models: Sequence[ServedModel]) -> dict[str, str]:
+    """`model/version` to its state."""
+    return {f"{model.model}/{model.version}": model.state for model in models}
+
+
+def _no_version(model: str, version: str, versions: Sequence[ServedModel]) -> VersionNotFound:
+    listed = ", ".join(served.version for served in versions)
+    return VersionNotFound(f"The model {model!r} has no version {version[:64]!r}; it has {listed}.")
