@@ -22,6 +22,8 @@
        |- VersionNotFound      404
        |- DeadlineExceeded     408
        |- IdReused             409
+       |- SequenceUnknown      409
+       |- SequenceOutOfStep    409
        |- TooLarge             413
        |- UnsupportedType      415
        |- InvalidTensor        422
@@ -185,6 +187,14 @@ class IdReused(RequestError):
     status, code = 409, "id_reused"
 
 
+class SequenceUnknown(RequestError):
+    status, code = 409, "sequence_unknown"
+
+
+class SequenceOutOfStep(RequestError):
+    status, code = 409, "sequence_out_of_step"
+
+
 class TooLarge(RequestError):
     status, code = 413, "too_large"
 
@@ -216,8 +226,8 @@ class OutOfMemory(RequestError):
 _REQUEST_ERRORS: dict[str, type[RequestError]] = {
     leaf.code: leaf
     for leaf in (
-        Malformed, ModelNotFound, VersionNotFound, DeadlineExceeded, IdReused, TooLarge,
-        UnsupportedType, InvalidTensor, QueueFull, InferenceFailed, Unavailable, OutOfMemory,
+        Malformed, ModelNotFound, VersionNotFound, DeadlineExceeded, IdReused, SequenceUnknown, SequenceOutOfStep,
+        TooLarge, UnsupportedType, InvalidTensor, QueueFull, InferenceFailed, Unavailable, OutOfMemory,
     )
 }  # fmt: skip
 

@@ -34,9 +34,10 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from edge_sdk.errors import PackageError, ProfileError, RequestError
+from edge_sdk.errors import PackageError, ProfileError, RequestError, SpecError
 from edge_sdk.profiles import DeviceProfile, Machine, Precision, fitting_conditions, lacking_cpu_flags, load_profile
-from edge_sdk.spec import NAME, Axis, Postprocess, Preprocess, TaskName
+from edge_sdk.sequence import SequenceRules
+from edge_sdk.spec import NAME, Axis, Postprocess, Preprocess, TaskName, fixed_sizes
 from edge_sdk.tensors import Array, Feeds, TensorSpec, check_feeds, element_count
 from edge_sdk.toml import describe
 
@@ -165,6 +166,8 @@ class Manifest(Record):
     batching: BatchingRecord
     axes: Mapping[str, Axis] = {}
     """Free axes beside the batch, and the sizes a compiled engine takes along them."""
+    sequence: SequenceRules | None = None
+    """Of a stateful model: what the device keeps between the requests of a sequence."""
     backend: BackendRecord
     source: SourceRecord
     calibration: CalibrationRecord | None = None
@@ -182,6 +185,30 @@ class Manifest(Record):
             if not name or name in (".", "..") or "/" in name or "\0" in name:
                 raise ValueError("a package's files lie in its own folder")
         return files
+
+    @model_validator(mode="after")
+    def _sequence_fits(self) -> Manifest:
+        if self.sequence is not None:
+            try:
+                self.sequence.check(self.inputs, self.outputs, self.sizes)
+            except SpecError as exc:
+                raise ValueError(exc.problem) from exc
+        return self
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The free axes that have a single size."""
+        return fixed_sizes(self.axes)
+
+    @property
+    def asked(self) -> tuple[TensorSpec, ...]:
+        """What one request brings: the inputs, but for what the device keeps of a sequence."""
+        return self.inputs if self.sequence is None else self.sequence.asked(self.inputs, self.sizes)
+
+    @property
+    def answered(self) -> tuple[TensorSpec, ...]:
+        """What one request gets."""
+        return self.outputs if self.sequence is None else self.sequence.answered(self.outputs)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Literal, TypeVar
 from pydantic import Field, model_validator
 
 from edge_sdk.errors import SpecError
+from edge_sdk.sequence import SequenceRules
 from edge_sdk.toml import Table, parse, read_toml
 
 TaskName = Literal["image-classification", "tensors"]
@@ -110,6 +111,11 @@ class Axis(Table):
         return self
 
 
+def fixed_sizes(axes: Mapping[str, Axis]) -> dict[str, int]:
+    """The axes that have a single size, and which."""
+    return {name: axis.best for name, axis in axes.items() if axis.min == axis.max}
+
+
 class TensorRTWishes(Table):
     """What depends on the model in how TensorRT builds it; where None, the device profile decides."""
 
@@ -136,6 +142,8 @@ class EngineSpec(Table):
     batching: Batching = Batching()
     axes: Mapping[str, Axis] = {}
     """By the axis's name in the graph, or by `input:position` where it has none."""
+    sequence: SequenceRules | None = None
+    """Of a stateful model: what the device keeps between the requests of a sequence."""
     tensorrt: TensorRTWishes = TensorRTWishes()
 
     @model_validator(mode="after")
@@ -144,7 +152,20 @@ class EngineSpec(Table):
             raise ValueError("task `image-classification` needs a [preprocess] table")
         if self.name.startswith(".") or self.version.startswith("."):
             raise ValueError("`name` and `version` must not begin with a dot")
+        if self.sequence is not None:
+            if self.batching.newest_wins:
+                raise ValueError("`newest_wins` would drop requests out of the middle of a [sequence]")
+            if self.calibration is not None or self.validation is not None:
+                raise ValueError(
+                    "a model with a [sequence] is neither calibrated nor judged on samples: what it answers depends on "
+                    "those before; leave out [calibration] and [validation]"
+                )
         return self
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The free axes that [axes] gives a single size."""
+        return fixed_sizes(self.axes)
 
 
 def load_spec(path: Path) -> EngineSpec:

@@ -84,7 +84,11 @@ def scaling(factor: float = 2.0, *, width: int = 4, batch: int | str | None = "b
 
 def misbehaving(orders: Sequence[Mapping[str, object]], *, width: int = 4) -> ModelProto:
     """y = 2 * x, unless the reference engine is ordered otherwise."""
-    model = scaling(width=width)
+    return order(scaling(width=width), orders)
+
+
+def order(model: ModelProto, orders: Sequence[Mapping[str, object]]) -> ModelProto:
+    """`model` itself, with orders for the reference engine."""
     model.metadata_props.add(key=ORDERS, value=json.dumps(list(orders)))
     return model
 

@@ -12,7 +12,8 @@ from edge_sdk.errors import EdgeSdkError, EngineUnfit, PackageMismatch, QueueFul
 
 WIRE = {
     "malformed": (400, False), "model_not_found": (404, False), "version_not_found": (404, False),
-    "deadline_exceeded": (408, True), "id_reused": (409, False), "too_large": (413, False),
+    "deadline_exceeded": (408, True), "id_reused": (409, False), "sequence_unknown": (409, False),
+    "sequence_out_of_step": (409, False), "too_large": (413, False),
     "unsupported_type": (415, False), "invalid_tensor": (422, False), "queue_full": (429, True),
     "inference_failed": (500, False), "unavailable": (503, True), "out_of_memory": (507, True),
 }  # fmt: skip

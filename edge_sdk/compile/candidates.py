@@ -86,6 +86,8 @@ def _whatever_is_best(
 ) -> Iterator[Candidate | Impossible]:
     if "int8" not in order.profile.precisions:
         yield Impossible(f"the profile {order.profile.name} does not compute INT8.")
+    elif order.spec.sequence is not None:
+        yield Impossible("INT8 is not made of a model with a [sequence]: its ranges depend on a state no sample has.")
     elif ingredients.calibration is None:
         yield Impossible(f"INT8 needs calibration data, and none was given. {_GIVE_DATA}")
     elif ingredients.held_out is None:

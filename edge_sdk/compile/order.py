@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -19,6 +19,7 @@ import numpy as np
 from onnx import ModelProto
 
 import edge_sdk
+from edge_sdk.backends.aligned import AlignedEngine
 from edge_sdk.backends.base import Backend, Engine, installed_version
 from edge_sdk.backends.registry import backend as backend_named
 from edge_sdk.backends.registry import usable_profile
@@ -80,8 +81,14 @@ class Order:
 
     @contextmanager
     def loaded(self, graph: bytes, profile: DeviceProfile | None = None) -> Iterator[Engine]:
-        """The graph as it runs here, with the options of `profile` in place of the order's."""
-        with closing(self.backend.load_graph(graph, profile or self.profile)) as engine:
+        """The graph as it runs here, with the options of `profile` in place of the order's.
+
+        A stateful one is aligned: its requests stack, and have the inputs of `Ingredients.fed`.
+        """
+        engine: Engine = self.backend.load_graph(graph, profile or self.profile)
+        if self.spec.sequence is not None:
+            engine = AlignedEngine(engine, self.spec.sequence, self.spec.sizes)
+        with closing(engine):
             yield engine
 
 
@@ -121,6 +128,14 @@ def order_of(
     _refuse_to_overwrite(target)
     chosen = _with_wishes(chosen, spec.tensorrt)
     backend, preferred = _graph_backend(chosen), backend_named(chosen.backends[0])
+    if spec.sequence is not None:
+        if precision == "int8" or calibration is not None:
+            raise SpecError(
+                "A model with a [sequence] cannot be calibrated for INT8: its ranges depend on a state that no sample "
+                "has.",
+                fix="Build it as auto or fp32, without calibration data.",
+            )
+        preferred = backend  # no engine is compiled of one: what compiles them takes states for inputs like any other
     return Order(
         spec=_with_calibration(spec, calibration, samples),
         folder=folder,
@@ -245,6 +260,8 @@ class Ingredients:
     """Calibration samples on which methods are compared; None where there are too few to calibrate at all."""
     data_sha256: str
     key: str
+    fed: tuple[TensorSpec, ...]
+    """What an engine of the model is fed: its inputs; those of a stateful model are aligned."""
 
 
 def gathered(order: Order) -> Ingredients:
@@ -255,8 +272,13 @@ def gathered(order: Order) -> Ingredients:
         if not specs:
             raise ModelError(f"{summary.file} has no {kind}; an engine has at least one.", fix="Export it again.")
     labels = read_labels(spec.postprocess.labels) if spec.postprocess.labels is not None else ()
-    _check_task(spec, summary, labels)
     _check_axes(spec.axes, summary)
+    fed, asked, answered = summary.inputs, summary.inputs, summary.outputs
+    if (rules := spec.sequence) is not None:
+        rules.check(summary.inputs, summary.outputs, spec.sizes)
+        fed, _ = rules.aligned(summary.inputs, summary.outputs, spec.sizes)
+        asked, answered = rules.asked(summary.inputs, spec.sizes), rules.answered(summary.outputs)
+    _check_task(spec, replace(summary, inputs=asked, outputs=answered), labels)
     reader = Reader(summary.inputs, decoder_for(spec.preprocess, summary.inputs), labels, order.folder)
     calibration, held_out = _calibration_samples(spec, reader)
     validation = open_samples(spec.validation.data, reader, limit=_CALLABLE_LIMIT) if spec.validation else None
@@ -284,6 +306,7 @@ def gathered(order: Order) -> Ingredients:
         held_out=held_out,
         data_sha256=data_sha256,
         key=_build_key(order, content, labels, [data_sha256, *others]),
+        fed=fed,
     )
 
 

@@ -243,7 +243,7 @@ def _probes(ingredients: Ingredients) -> list[Sample]:
     """A few questions to ask graphs that ought to be equal: samples, or zeros where there is no data."""
     if ingredients.judging is not None:
         return list(ingredients.judging.spread(_PROBES))
-    zeros = _zeros(ingredients.summary.inputs)
+    zeros = _zeros(ingredients.fed)
     return [Sample("zeros", zeros)] if zeros is not None else []
 
 
@@ -392,7 +392,7 @@ def _chosen(trials: _Trials, chosen: Candidate, trial: _Trial) -> _Verdict:
 def _timing_feeds(order: Order, ingredients: Ingredients) -> Feeds | None:
     if ingredients.judging is not None:
         return next(iter(ingredients.judging)).feeds
-    return _zeros(ingredients.summary.inputs, order.spec.axes)
+    return _zeros(ingredients.fed, order.spec.axes)
 
 
 _GUESSED_SIZES = (16, 64, 224)
@@ -543,13 +543,14 @@ def _manifest(order: Order, ingredients: Ingredients, verdict: _Verdict) -> Mani
         postprocess=spec.postprocess.model_copy(
             update={"labels": Path(LABELS) if ingredients.labels else None, "scores": scores}
         ),
-        inputs=verdict.inputs,
-        outputs=verdict.outputs,
+        inputs=summary.inputs if spec.sequence else verdict.inputs,
+        outputs=summary.outputs if spec.sequence else verdict.outputs,
         profile=order.profile.name,
         architecture=order.profile.architecture,
         precision=chosen.precision,
         batching=verdict.batching,
         axes=order.spec.axes,
+        sequence=spec.sequence,
         backend=BackendRecord(name=order.preferred.name, missing=order.missing),
         source=SourceRecord(
             file=summary.file,

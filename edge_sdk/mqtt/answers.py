@@ -21,10 +21,10 @@ import numpy as np
 
 from edge_sdk.errors import DataError, EdgeSdkError, Malformed, NoAnswer, RequestError, SettingsError, request_error
 from edge_sdk.mqtt import topics
-from edge_sdk.mqtt.codec import HEADER_LENGTH
+from edge_sdk.mqtt.codec import HEADER_LENGTH, SEQUENCE_END, SEQUENCE_ID, SEQUENCE_START, SEQUENCE_STEP
 from edge_sdk.mqtt.topics import Topics
 from edge_sdk.mqtt.transports.base import Message, MqttVersion, Properties
-from edge_sdk.tasks.base import BINARY, JSON, NPY, Body
+from edge_sdk.tasks.base import BINARY, JSON, NPY, Body, SequencePart
 from edge_sdk.tasks.npy import encode_npy
 from edge_sdk.tasks.oip import decode_response, encode_json_request, encode_request, parse_json
 from edge_sdk.tasks.tensors import sniff
@@ -94,6 +94,7 @@ class ClientCodec:
         *,
         version: str | None = None,
         accept: str | None = None,
+        sequence: SequencePart | None = None,
         protocol: MqttVersion,
         remaining_s: float,
         group: str | None = None,
@@ -114,6 +115,8 @@ class ClientCodec:
             user.append(("accept", accept))
         if version is not None and group is not None:  # a group's topics name no version
             user.append(("model-version", version))
+        if sequence is not None:
+            user += _sequence_properties(sequence)
         properties = Properties(
             response_topic=self.reply_topic,
             correlation_data=key.to_bytes(8, "big"),
@@ -168,8 +171,40 @@ def described(topic: str, payload: bytes) -> dict[str, Any]:
     return description
 
 
-def encoder(data: Data) -> Callable[[MqttVersion], Body]:
-    """How `data` is said in each version of MQTT. Raises DataError for what cannot be said."""
+def _sequence_properties(part: SequencePart) -> list[tuple[str, str]]:
+    said = [(SEQUENCE_ID, part.id)]
+    said += [(name, "1") for name, flag in ((SEQUENCE_START, part.start), (SEQUENCE_END, part.end)) if flag]
+    return said if part.step is None else [*said, (SEQUENCE_STEP, str(part.step))]
+
+
+def encoder(data: Data, sequence: SequencePart | None = None) -> Callable[[MqttVersion], Body]:
+    """How `data` is said in each version of MQTT. Raises DataError for what cannot be said.
+
+    Without properties, on MQTT 3.1.1, only the body can say of which `sequence` it is a part.
+    """
+    if sequence is None:
+        return _encoder(data)
+    feeds = {str(name): np.asarray(array) for name, array in data.items()} if isinstance(data, Mapping) else None
+    parameters = {
+        "sequence_id": sequence.id, "sequence_start": sequence.start, "sequence_end": sequence.end,
+        **({} if sequence.step is None else {"sequence_step": sequence.step}),
+    }  # fmt: skip
+    in_properties = _encoder(data)
+
+    def encode(version: MqttVersion) -> Body:
+        if version == 5:
+            return in_properties(version)
+        if feeds is None:
+            raise DataError(
+                "On MQTT 3.1.1 a part of a sequence is sent as {input name: array}: nothing else says whose it is.",
+                fix="Give it in that form, or use a broker that speaks MQTT 5.",
+            )
+        return encode_json_request(feeds, parameters=parameters)
+
+    return encode
+
+
+def _encoder(data: Data) -> Callable[[MqttVersion], Body]:
     if isinstance(data, np.ndarray):
         array = data
         if array.dtype.kind in "OSU":

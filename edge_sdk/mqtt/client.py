@@ -42,6 +42,7 @@ from edge_sdk.mqtt.answers import Answer, ClientCodec, Data, Prediction, check_v
 from edge_sdk.mqtt.negotiation import ProtocolSetting
 from edge_sdk.mqtt.pending import Fail, PendingRequest, PendingRequests
 from edge_sdk.mqtt.reconnection import Reconnection
+from edge_sdk.mqtt.sequence import ClientSequence
 from edge_sdk.mqtt.topics import Topics
 from edge_sdk.mqtt.transports.base import (
     FAILURE,
@@ -58,7 +59,7 @@ from edge_sdk.mqtt.transports.base import (
     Subscribed,
     Transport,
 )
-from edge_sdk.tasks.base import BINARY, Body
+from edge_sdk.tasks.base import BINARY, Body, SequencePart
 
 __all__ = ["Answer", "Client", "ClientStatistics", "Data", "Prediction"]
 
@@ -99,6 +100,7 @@ class _Job:
     device: str | None
     group: str | None
     deadline: float
+    sequence: SequencePart | None = None
 
 
 class Client:
@@ -203,6 +205,7 @@ class Client:
         group: str | None = None,
         timeout_s: float | None = None,
         accept: str | None = None,
+        sequence: SequencePart | None = None,
     ) -> Answer:
         """Ask `model` about `data`, and wait for the answer.
 
@@ -216,15 +219,16 @@ class Client:
 
         `group` asks whichever device of that group gets the request, in place of one device; the answer says which it
         was. `accept` is the content type wanted for the answer: by default binary tensors for arrays, JSON for the
-        rest.
+        rest. `sequence` says which part of a sequence it is, for a stateful model; `Client.sequence` counts by itself.
 
         Raises the RequestError that the device answered with (see `edge_sdk.errors`; QueueFull and Unavailable only if
         they were still the answer at the deadline), TooLarge if the broker would not take the request, NoAnswer if the
         deadline passed or nobody listens, and DataError for data that is none of the above.
         """
         return self.submit(
-            model, data, version=version, device=device, group=group, timeout_s=timeout_s, accept=accept
-        ).result()
+            model, data,
+            version=version, device=device, group=group, timeout_s=timeout_s, accept=accept, sequence=sequence,
+        ).result()  # fmt: skip
 
     def submit(
         self,
@@ -236,6 +240,7 @@ class Client:
         group: str | None = None,
         timeout_s: float | None = None,
         accept: str | None = None,
+        sequence: SequencePart | None = None,
     ) -> Future[Answer]:
         """As `infer`, without waiting: the future gives the Answer or raises.
 
@@ -245,16 +250,20 @@ class Client:
         if group is not None:
             if device is not None:
                 raise SettingsError("A request goes to a device or to a group, not to both.")
+            if sequence is not None:
+                raise SettingsError("A sequence is on one device, and a group may ask another one each time.")
             topics.infer_in_group(self._root, group, model)
         else:
             device = device or self._device
         Topics(self._root, device or "any").infer(model, version=version)
-        encode = encoder(data)
+        encode = encoder(data, sequence)
         protocol = self._reconnection.version
         check_version(version, protocol, group)
         if accept is None and isinstance(data, (np.ndarray, Mapping)):
             accept = BINARY
-        job = _Job(Future(), model, version, encode, accept, encode(protocol), protocol, device, group, deadline)
+        job = _Job(
+            Future(), model, version, encode, accept, encode(protocol), protocol, device, group, deadline, sequence
+        )
         with self._lock:
             if self._closing:
                 raise NoAnswer("This client is closed.")
@@ -262,6 +271,15 @@ class Client:
             self._requests += 1
         self._transport.wake()
         return job.future
+
+    def sequence(self, model: str, *, version: str | None = None, device: str | None = None) -> ClientSequence:
+        """A new sequence of a stateful model, which lives on the device: a context manager.
+
+        >>> with client.sequence("vad") as sequence:
+        ...     for chunk in chunks:
+        ...         answer = sequence.infer(chunk)
+        """
+        return ClientSequence(self.infer, model, version=version, device=device or self._device)
 
     def devices(self) -> dict[str, bool]:
         """Every device that ever said so on this broker, and whether it is online."""
@@ -485,8 +503,8 @@ class Client:
             job.body, job.body_version = job.encode(version), version
         return self._codec.request(
             request.key, request.device or "", job.model, job.body,
-            version=job.version, accept=job.accept, protocol=version, remaining_s=request.deadline - now,
-            group=request.group,
+            version=job.version, accept=job.accept, sequence=job.sequence, protocol=version,
+            remaining_s=request.deadline - now, group=request.group,
         )  # fmt: skip
 
     # ----------------------------------------------------------------------------------------------------- connection

@@ -16,10 +16,13 @@ from edge_sdk.mqtt.session import ReplyRoute
 from edge_sdk.mqtt.topics import MAX_RESPONSE_TOPIC_BYTES, InferTopic, Topics
 from edge_sdk.mqtt.transports.base import Message, Properties, Received
 from edge_sdk.runtime.messages import DEFAULT_PRIORITY, Answer, Request
-from edge_sdk.tasks.base import JSON, Body, Payload
-from edge_sdk.tasks.oip import dump_json
+from edge_sdk.tasks.base import JSON, Body, Payload, SequencePart
+from edge_sdk.tasks.oip import dump_json, sequence_part
 
 HEADER_LENGTH = "inference-header-content-length"
+SEQUENCE_ID, SEQUENCE_START, SEQUENCE_END, SEQUENCE_STEP = (
+    "sequence-id", "sequence-start", "sequence-end", "sequence-step",
+)  # fmt: skip
 MAX_CORRELATION = 128
 """Bytes of correlation data that are echoed."""
 
@@ -74,11 +77,13 @@ class Codec:
                 _media_type(properties.content_type),
                 _header_length(properties.user_value(HEADER_LENGTH)),
                 _media_type(properties.user_value("accept")),
+                _sequence(properties) if properties.user else None,
             ),
             received=now,
             deadline=now + timeout_s,
             client=self.client(message, address),
             priority=_priority(properties.user_value("priority")),
+            id=address.number or properties.correlation_data,
         )
 
     def message(self, answer: Answer, route: ReplyRoute, remaining_s: float) -> Message:
@@ -159,6 +164,19 @@ def _priority(text: str | None) -> int:
             f"`priority` is {text[:40]!r}; it is a digit from 0 to 9, {DEFAULT_PRIORITY} where it is missing."
         )
     return int(text)
+
+
+def _sequence(properties: Properties) -> SequencePart | None:
+    """The part of a sequence that a request says it is; a flag is `1`, or `0` for whoever likes to say so."""
+    if (sequence := properties.user_value(SEQUENCE_ID)) is None:
+        return None
+    start, end, step = (properties.user_value(name) for name in (SEQUENCE_START, SEQUENCE_END, SEQUENCE_STEP))
+    for name, flag in ((SEQUENCE_START, start), (SEQUENCE_END, end)):
+        if flag not in (None, "0", "1"):
+            raise Malformed(f"`{name}` is {str(flag)[:40]!r}; it is 1, or left out.")
+    if step is not None and not (step.isascii() and step.isdigit() and len(step) <= 18):
+        raise Malformed(f"`{SEQUENCE_STEP}` is {step[:40]!r}; it is a number, one more with each request.")
+    return sequence_part(sequence, start=start == "1", end=end == "1", step=None if step is None else int(step))
 
 
 def _header_length(text: str | None) -> int | None:

@@ -54,8 +54,8 @@ def metadata(versions: Sequence[ServedModel]) -> dict[str, Any]:
         manifest = package.manifest
         described |= {
             "platform": f"edge-sdk_{speaker.backend}",
-            "inputs": [_tensor(spec) for spec in manifest.inputs],
-            "outputs": [_tensor(spec) for spec in manifest.outputs],
+            "inputs": [_tensor(spec) for spec in manifest.asked],
+            "outputs": [_tensor(spec) for spec in manifest.answered],
             "task": manifest.task,
             "precision": manifest.precision,
             "backend": speaker.backend,
@@ -64,6 +64,8 @@ def metadata(versions: Sequence[ServedModel]) -> dict[str, Any]:
             "max_batch": manifest.batching.max_batch,
             "content_types": list(speaker.content_types),
         }
+        if (rules := manifest.sequence) is not None:
+            described["sequence"] = {"timeout_s": rules.timeout_s, "max_sequences": rules.max_sequences}
     return described
 
 

@@ -28,6 +28,9 @@ from edge_sdk.runtime.messages import Answer, Request
 _SECONDS_A_LEVEL = 1.0
 """How long a request waits for one more level of priority: from the lowest to the highest is within most deadlines."""
 
+_ANY = -1
+"""In place of a priority: where order is kept among all of them."""
+
 _Flow = tuple[str, int]
 """Client and priority: requests among which the order of arrival is kept."""
 
@@ -57,6 +60,9 @@ class BatchPlanner:
     limits: QueueLimits = QueueLimits()
     newest_wins: bool = False
     """Of each client only the latest request waits: for streams, where an answer to an old frame helps nobody."""
+    in_order: bool = False
+    """All of a client's requests keep their order, whatever their priorities; each counts with its own when it is the
+    next one. For stateful models."""
     held_bytes: int = 0
     """Of requests that were taken and wait elsewhere, on their way to be computed: they count as waiting."""
     _flows: OrderedDict[_Flow, deque[Request]] = field(default_factory=OrderedDict)
@@ -83,7 +89,7 @@ class BatchPlanner:
             displaced += [Answer(older.ticket, _superseded(older)) for older in self._leave(superseded)]
         if victims:
             displaced += [Answer(victim.ticket, self._full(victim)) for victim in self._leave(victims)]
-        flow = (request.client, request.priority)
+        flow = (request.client, _ANY if self.in_order else request.priority)
         if (waiting := self._flows.get(flow)) is None:
             waiting = self._flows[flow] = deque()
         waiting.append(request)
@@ -132,7 +138,7 @@ class BatchPlanner:
         """Take out the request whose turn it is; its flow goes behind the others."""
         flow = next(iter(self._flows))
         if len(self._flows) > 1:
-            flow = max(self._flows, key=lambda one: one[1] + (now - self._flows[one][0].received) // _SECONDS_A_LEVEL)
+            flow = max(self._flows, key=lambda one: self._level(self._flows[one][0], now))
         waiting = self._flows[flow]
         request = waiting.popleft()
         if waiting:
@@ -141,6 +147,9 @@ class BatchPlanner:
             del self._flows[flow]
         self._count(request, -1)
         return request
+
+    def _level(self, request: Request, now: float) -> float:
+        return request.priority + (now - request.received) // _SECONDS_A_LEVEL
 
     def _in_the_way(self, request: Request, leaving: Sequence[Request]) -> list[Request]:
         """Who has to leave for `request`, beside those that are `leaving` anyway; QueueFull if it holds the most."""
@@ -176,7 +185,8 @@ class BatchPlanner:
     def _leave(self, requests: Sequence[Request]) -> Sequence[Request]:
         """Take `requests` out, wherever they wait."""
         leaving = {id(request) for request in requests}
-        for flow in {(request.client, request.priority) for request in requests}:
+        flows = {(request.client, priority) for request in requests for priority in (request.priority, _ANY)}
+        for flow in flows & self._flows.keys():
             kept = deque(request for request in self._flows[flow] if id(request) not in leaving)
             if kept:
                 self._flows[flow] = kept

@@ -30,6 +30,8 @@ class Request:
     """Who asked, as far as that can be told: clients take turns."""
     priority: int = DEFAULT_PRIORITY
     """0 to 9; the higher comes first."""
+    id: bytes | str | None = None
+    """What the client calls it, if anything."""
 
     def __repr__(self) -> str:
         return f"<Request {self.ticket} for {self.model}, {len(self.payload.data)} bytes>"

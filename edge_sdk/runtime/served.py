@@ -21,6 +21,7 @@ from edge_sdk.package import EnginePackage
 from edge_sdk.runtime.batching import BatchPlanner, Plan, QueueLimits
 from edge_sdk.runtime.decoding import Decoders, Result, Stage
 from edge_sdk.runtime.messages import Answer, Request
+from edge_sdk.runtime.sequences import Sequences
 from edge_sdk.runtime.statistics import Statistics
 from edge_sdk.runtime.worker import Worker
 
@@ -78,6 +79,9 @@ class ServedModel:
         """What takes the next batch."""
         self._using: Worker | None = None
         """What has batches on their way, on whichever thread."""
+        self._sequences: Sequences | None = None
+        self._sequences_of = ""
+        """The digest of the package whose they are."""
         self._retired = False
         self._lost = False
         self._thread: threading.Thread | None = None
@@ -129,6 +133,12 @@ class ServedModel:
         stage = self._stage
         return len(self._planner) + (stage.waiting if stage is not None else 0) + (self._using is not None)
 
+    @property
+    def sequences(self) -> int | None:
+        """How many sequences are open; None for a model that has none."""
+        kept = self._sequences
+        return len(kept) if kept is not None else None
+
     def submit(self, request: Request) -> None:
         """Queue a request, also while the model is still loading; raises QueueFull or Unavailable."""
         with self._changed:
@@ -149,7 +159,10 @@ class ServedModel:
                 batching = worker.package.manifest.batching
                 self._planner.batch = batching.best_batch
                 self._planner.max_wait_s = batching.max_wait_ms / 1000
-                self._planner.newest_wins = batching.newest_wins or self._newest_wins
+                stateful = worker.sequences is not None
+                self._planner.newest_wins = (batching.newest_wins or self._newest_wins) and not stateful
+                self._planner.in_order = stateful
+                self._take_over_sequences(worker)
                 if self._stage is None and self._decoders is not None and worker.task.takes_pictures:
                     self._stage = Stage(
                         self._planner, self._decoders, self._changed, on_ready=self._on_due, clock=self._clock
@@ -164,6 +177,12 @@ class ServedModel:
             at_rest = leaving is not self._using  # otherwise whoever uses it closes it
         if leaving is not None and at_rest:
             leaving.close()
+
+    def _take_over_sequences(self, worker: Worker) -> None:
+        """Sequences go on in another engine of the same package. Another package makes another state of them."""
+        if worker.package.digest == self._sequences_of:
+            worker.sequences = self._sequences
+        self._sequences, self._sequences_of = worker.sequences, worker.package.digest
 
     def note_building(self, worker: Worker, percent: int) -> None:
         """Say that a better engine than `worker`'s is being built, and how much of it is done."""

@@ -194,7 +194,11 @@ class Service:
     def snapshot(self) -> dict[str, Any]:
         """Counts and timings, of everything and of each model; JSON-ready."""
         models = {
-            f"{model.model}/{model.version}": {**model.statistics.snapshot(), "waiting": model.waiting}
+            f"{model.model}/{model.version}": {
+                **model.statistics.snapshot(),
+                "waiting": model.waiting,
+                **({} if model.sequences is None else {"sequences": model.sequences}),
+            }
             for model in self.models()
         }
         return {**self.statistics.snapshot(), "waiting": self.waiting(), "models": models}

@@ -20,14 +20,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from edge_sdk.backends.aligned import AlignedEngine
 from edge_sdk.backends.registry import Loaded, load_engine
-from edge_sdk.errors import DeviceLost, EdgeSdkError, InferenceFailed, PackageError, RequestError, TooLarge
+from edge_sdk.errors import (
+    DeadlineExceeded,
+    DeviceLost,
+    EdgeSdkError,
+    InferenceFailed,
+    PackageError,
+    RequestError,
+    TooLarge,
+)
 from edge_sdk.package import EnginePackage
 from edge_sdk.profiles import Machine
 from edge_sdk.runtime.batching import pack, pack_alike
 from edge_sdk.runtime.lanes import Lane, LooseLane, lanes_of
 from edge_sdk.runtime.messages import Answer, Request, Timing
+from edge_sdk.runtime.sequences import Sequences, rounds
 from edge_sdk.tasks.base import Body, Decoded, Task
+from edge_sdk.tasks.oip import encode_response
 from edge_sdk.tasks.registry import task_of
 from edge_sdk.tensors import Feeds, Outputs, sizes_vary
 
@@ -39,11 +50,14 @@ _NONE: Mapping[int, Decoded | RequestError] = {}
 Group = Sequence[tuple[Request, Decoded]]
 """Requests that are computed together: their rows fit one batch of the engine, and they differ in nothing else."""
 
+_CLOSES = object()
+"""The `reply` of a request that ends a sequence and brings nothing: there is nothing to compute."""
+
 
 class _Flight:
     """A batch on its way. Its first group is being computed; the others follow in the same lane as it is finished."""
 
-    __slots__ = ("answers", "error", "groups", "lane", "launched", "requests", "started")
+    __slots__ = ("answers", "error", "feeds", "group", "groups", "lane", "launched", "requests", "started")
 
     def __init__(self, lane: Lane, requests: Sequence[Request], started: float) -> None:
         self.lane = lane
@@ -52,6 +66,10 @@ class _Flight:
         self.groups: list[Group] = []
         self.answers: list[Answer] = []
         """Those that are there already: to requests that could not be decoded."""
+        self.group: Group = ()
+        """What is being computed."""
+        self.feeds: list[Feeds] = []
+        """What the model is fed for each of the group."""
         self.launched = started
         """When the group that is being computed began."""
         self.error: Exception | None = None
@@ -71,7 +89,10 @@ class Worker:
         self.max_rows = package.manifest.batching.max_batch
         self.batch_s = float("inf")
         """What a best batch takes once it is warm, in seconds; unknown before `warm_up`."""
-        self._sizes_vary = sizes_vary(package.manifest.inputs)
+        self._sizes_vary = sizes_vary(package.manifest.asked)
+        rules = package.manifest.sequence
+        self.sequences = Sequences(rules, loaded.engine.inputs) if rules is not None else None
+        """Of a stateful model: what is kept between requests. A worker that takes over may take this over, too."""
         self._engine = loaded.engine
         self._clock = clock
         self._lanes = lanes_of(loaded.engine, self.max_rows)  # the free ones; the last is taken first
@@ -96,13 +117,13 @@ class Worker:
         """
         try:
             found, task = package, task_of(package)
-            loaded = load_engine(found, machine, store=store, why_not_preferred=why_not_preferred)
+            loaded = _load(found, machine, store, why_not_preferred)
         except PackageError:
             found = EnginePackage.open(package.path)
             if found.digest == package.digest:
                 raise
             task = task_of(found)
-            loaded = load_engine(found, machine, store=store, why_not_preferred=why_not_preferred)
+            loaded = _load(found, machine, store, why_not_preferred)
         try:
             return cls(found, loaded, task, clock=clock)
         except Exception:
@@ -144,7 +165,10 @@ class Worker:
     def decode(self, request: Request) -> Decoded | RequestError:
         """A request understood, or what is wrong with it; any thread may call it, at any time."""
         try:
-            decoded = self.task.decode(request.payload)
+            if self.sequences is None:
+                decoded = self.task.decode(request.payload)
+            else:
+                decoded = self._decode_part(request, self.sequences)
         except RequestError as exc:
             return exc
         except Exception:
@@ -176,7 +200,10 @@ class Worker:
             else:
                 accepted.append((request, one))
         rows = [one.rows for _, one in accepted]
-        if self._sizes_vary:
+        if self.sequences is not None:
+            keys = [self.sequences.key(*each) for each in accepted]
+            groups = rounds(keys, [_sizes(one.feeds) for _, one in accepted], rows, self.max_rows)
+        elif self._sizes_vary:
             groups = pack_alike([_sizes(one.feeds) for _, one in accepted], rows, self.max_rows)
         else:
             groups = pack(rows, self.max_rows)
@@ -187,11 +214,13 @@ class Worker:
     def finish(self) -> list[Answer]:
         """Exactly one answer for each request of the batch that was started first; waits until they are computed."""
         flight = self._flights[0]
-        in_order = not flight.answers and (len(flight.groups) < 2 or not self._sizes_vary)
+        in_order = not flight.answers and (
+            len(flight.groups) < 2 or not (self._sizes_vary or self.sequences is not None)
+        )
         for group in flight.groups:
             if group is not flight.groups[0]:
                 self._launch(flight, group)
-            flight.answers += self._land(flight, group)
+            flight.answers += self._land(flight)
         self._flights.popleft()
         self._lanes.append(flight.lane)
         if not in_order:
@@ -204,18 +233,34 @@ class Worker:
         self._lanes = [LooseLane(self._engine)]  # which holds no memory, and lets the engine say that it is closed
         self._engine.close()
 
+    def _decode_part(self, request: Request, sequences: Sequences) -> Decoded:
+        """As the task does; Malformed if the request does not say of which sequence it is."""
+        part = request.payload.sequence
+        if part is not None and part.end and not request.payload.data:
+            return Decoded({}, 0, _CLOSES)
+        decoded = self.task.decode(request.payload)
+        sequences.key(request, decoded)
+        return decoded
+
     def _launch(self, flight: _Flight, group: Group) -> None:
         """Begin to compute a group. What goes wrong is for `_land` to deal with, in its turn; DeviceLost is raised."""
         flight.launched, flight.error = self._clock(), None
+        flight.group, flight.feeds = group, [decoded.feeds for _, decoded in group]
+        if self.sequences is not None:
+            self._resume(flight, self.sequences)
         try:
-            flight.lane.start([decoded.feeds for _, decoded in group], sum([decoded.rows for _, decoded in group]))
+            if flight.group:
+                flight.lane.start(flight.feeds, sum([decoded.rows for _, decoded in flight.group]))
         except DeviceLost:
             raise
         except Exception as exc:
             flight.error = exc
 
-    def _land(self, flight: _Flight, group: Group) -> list[Answer]:
+    def _land(self, flight: _Flight) -> list[Answer]:
         """The answers to the group that was launched last; if it failed, each of it is computed again alone."""
+        group = flight.group
+        if not group:
+            return []
         try:
             if flight.error is not None:
                 raise flight.error
@@ -226,20 +271,60 @@ class Worker:
             if len(group) > 1:
                 return [answer for one in group for answer in self._alone(flight, one)]
             self._tell(exc)
+            if self.sequences is not None:
+                self.sequences.let_go(*group[0])
             return [self._answer(request, _as_request_error(exc)) for request, _ in group]
         infer_ms = (self._clock() - flight.launched) * 1000
         answers = []
         first = 0
-        for request, decoded in group:
+        for (request, decoded), feeds in zip(group, flight.feeds):
             rows = _rows_of(outputs, first, decoded.rows)
             first += decoded.rows
             timing = Timing((flight.started - request.received) * 1000, infer_ms, len(group))
-            answers.append(self._answer(request, self._encode(rows, decoded), timing))
+            result = (
+                self._encode(rows, decoded)
+                if self.sequences is None
+                else self._advance(self.sequences, request, decoded, feeds, rows)
+            )
+            answers.append(self._answer(request, result, timing))
         return answers
+
+    def _resume(self, flight: _Flight, sequences: Sequences) -> None:
+        """Give each of the group the state of its sequence; who gets none is answered, and leaves the group."""
+        going, feeds = [], []
+        for request, decoded in flight.group:
+            try:
+                if decoded.reply is _CLOSES:
+                    sequences.close(request, decoded, flight.launched)
+                    closed = encode_response({}, model_name=self.package.name, model_version=self.package.version)
+                    flight.answers.append(self._answer(request, closed))
+                    continue
+                feeds.append(sequences.resume(request, decoded, flight.launched))
+            except RequestError as exc:
+                flight.answers.append(self._answer(request, exc))
+            else:
+                going.append((request, decoded))
+        flight.group, flight.feeds = going, feeds
+
+    def _advance(
+        self, sequences: Sequences, request: Request, decoded: Decoded, feeds: Feeds, outputs: Outputs
+    ) -> Body | RequestError:
+        """The answer to a request of a sequence. Only with an answer does the sequence go on: who is told that his
+        request failed, or came too late, may ask again."""
+        now = self._clock()
+        if request.deadline <= now:
+            result: Body | RequestError = DeadlineExceeded("The deadline passed before the answer was there.")
+        else:
+            result = self._encode(sequences.answered(outputs), decoded)
+        if isinstance(result, RequestError):
+            sequences.let_go(request, decoded)
+        else:
+            sequences.keep(request, decoded, feeds, outputs, now)
+        return result
 
     def _alone(self, flight: _Flight, one: tuple[Request, Decoded]) -> list[Answer]:
         self._launch(flight, [one])
-        return self._land(flight, [one])
+        return self._land(flight)
 
     def _encode(self, outputs: Outputs, decoded: Decoded) -> Body | RequestError:
         try:
@@ -272,6 +357,13 @@ class Worker:
 def _sizes(feeds: Feeds) -> tuple[tuple[int, ...], ...]:
     """Of every axis but the first, in the order of the inputs' names: a client may send them in any."""
     return tuple([feeds[name].shape[1:] for name in sorted(feeds)])
+
+
+def _load(package: EnginePackage, machine: Machine | None, store: Path | None, why_not_preferred: str) -> Loaded:
+    loaded = load_engine(package, machine, store=store, why_not_preferred=why_not_preferred)
+    if (rules := package.manifest.sequence) is None:
+        return loaded
+    return replace(loaded, engine=AlignedEngine(loaded.engine, rules, package.manifest.sizes))
 
 
 def _rows_of(outputs: Outputs, first: int, rows: int) -> Outputs:

@@ -20,6 +20,17 @@ NPY = "application/x-npy"
 
 
 @dataclass(frozen=True)
+class SequencePart:
+    """Which part of which sequence a request is. The id is its client's: those of two clients do not mix."""
+
+    id: str
+    start: bool = False
+    end: bool = False
+    step: int | None = None
+    """Its number in the sequence; None where the client does not count."""
+
+
+@dataclass(frozen=True)
 class Payload:
     """The body of a request as it came."""
 
@@ -30,6 +41,8 @@ class Payload:
     """With BINARY: length in bytes of the JSON header before the tensors."""
     accept: str | None = None
     """The content type wanted for the answer; None: JSON."""
+    sequence: SequencePart | None = None
+    """None: of no sequence, unless the body itself says so."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,8 @@ class Decoded:
     rows: int
     reply: object = None
     """Whatever the task needs to remember to phrase the answer."""
+    sequence: SequencePart | None = None
+    """What the body says about it."""
 
 
 @dataclass(frozen=True)

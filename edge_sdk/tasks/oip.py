@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from edge_sdk.errors import InferenceFailed, InvalidTensor, Malformed
-from edge_sdk.tasks.base import BINARY, JSON, Body
+from edge_sdk.tasks.base import BINARY, JSON, Body, SequencePart
 from edge_sdk.tensors import DTYPE_FROM_OIP, OIP_FROM_DTYPE, Array, Feeds, dtype_name, element_count
 
 MAX_TENSORS = 256
@@ -46,6 +46,8 @@ class OipRequest:
     id: str | None = None
     outputs: tuple[OutputChoice, ...] = ()
     binary_output: bool = False
+    sequence: SequencePart | None = None
+    """Triton's extension: `sequence_id`, `sequence_start` and `sequence_end` among the parameters."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def decode_request(data: bytes, header_length: int | None = None) -> OipRequest:
         id=_request_id(body),
         outputs=tuple(_output_choice(entry) for entry in _entries(body, "outputs", optional=True)),
         binary_output=parameters.get("binary_data_output") is True,
+        sequence=_sequence(parameters) if "sequence_id" in parameters else None,
     )
 
 
@@ -93,9 +96,13 @@ def encode_request(
     return _binary_body(head, chunks)
 
 
-def encode_json_request(feeds: Mapping[str, Array], *, id: str | None = None) -> Body:
+def encode_json_request(
+    feeds: Mapping[str, Array], *, id: str | None = None, parameters: Mapping[str, Any] | None = None
+) -> Body:
     """The JSON request body for `feeds`: for MQTT 3.1.1, which cannot say where a binary header ends."""
     head: dict[str, Any] = {"id": id} if id is not None else {}
+    if parameters:
+        head["parameters"] = dict(parameters)
     head["inputs"] = [{**_head(name, array), "data": to_list(name, array)} for name, array in feeds.items()]
     return Body(dump_json(head), JSON)
 
@@ -338,6 +345,34 @@ def _request_id(body: dict[str, Any]) -> str | None:
     except UnicodeEncodeError as exc:  # half of a surrogate pair, which no answer could repeat
         raise Malformed("The request's `id` is not text that UTF-8 can carry.") from exc
     return found
+
+
+MAX_SEQUENCE_ID = 128
+"""Bytes."""
+
+
+def sequence_part(id: str, *, start: bool, end: bool, step: int | None) -> SequencePart:
+    """A part of a sequence, its id checked; raises Malformed."""
+    if not 0 < len(id.encode("utf-8", "surrogatepass")) <= MAX_SEQUENCE_ID:
+        raise Malformed(f"The sequence id {id[:40]!r} has not 1 to {MAX_SEQUENCE_ID} bytes.")
+    return SequencePart(id, start, end, step)
+
+
+def _sequence(parameters: dict[str, Any]) -> SequencePart | None:
+    """Triton's ids are strings or numbers, and 0 is none."""
+    sequence, step = parameters["sequence_id"], parameters.get("sequence_step")
+    if type(sequence) is int and 0 <= sequence < 1 << 64:
+        sequence = str(sequence)
+    if not isinstance(sequence, str):
+        raise Malformed("`sequence_id` is neither a string nor a number of 64 bits.")
+    if sequence == "0":
+        return None
+    if step is not None and (type(step) is not int or not 0 <= step < 1 << 63):
+        raise Malformed("`sequence_step` is not a number from 0.")
+    start, end = parameters.get("sequence_start", False), parameters.get("sequence_end", False)
+    if not isinstance(start, bool) or not isinstance(end, bool):
+        raise Malformed("`sequence_start` and `sequence_end` are true or false.")
+    return sequence_part(sequence, start=start, end=end, step=step)
 
 
 def _output_choice(entry: dict[str, Any]) -> OutputChoice:

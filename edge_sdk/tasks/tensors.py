@@ -73,7 +73,7 @@ class TensorTask:
             )
         self._check_choices(request.outputs)
         check_feeds(request.feeds, self.inputs)
-        return Decoded(request.feeds, self._rows(request.feeds), TensorReply(payload.accept, request))
+        return Decoded(request.feeds, self._rows(request.feeds), TensorReply(payload.accept, request), request.sequence)
 
     def encode(self, outputs: Outputs, decoded: Decoded) -> Body:
         reply = decoded.reply
