@@ -22,16 +22,21 @@ if TYPE_CHECKING:
     from edge_sdk.compile.pipeline import build_engine
     from edge_sdk.engine import LoadedEngine, load_engine
     from edge_sdk.errors import EdgeSdkError
+    from edge_sdk.mqtt.access import BrokerAccess
     from edge_sdk.mqtt.client import Client
     from edge_sdk.package import EnginePackage
 
-__all__ = ["build_engine", "load_engine", "Client", "EnginePackage", "LoadedEngine", "EdgeSdkError", "__version__"]
+__all__ = [
+    "build_engine", "load_engine", "Client", "BrokerAccess", "EnginePackage", "LoadedEngine", "EdgeSdkError",
+    "__version__",
+]  # fmt: skip
 
 _HOMES = {
     "build_engine": "edge_sdk.compile.pipeline",
     "load_engine": "edge_sdk.engine",
     "LoadedEngine": "edge_sdk.engine",
     "Client": "edge_sdk.mqtt.client",
+    "BrokerAccess": "edge_sdk.mqtt.access",
     "EnginePackage": "edge_sdk.package",
     "EdgeSdkError": "edge_sdk.errors",
 }

@@ -83,11 +83,23 @@ def _with_json(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON for a script.")(command)
 
 
+def _with_device(command: Command) -> Command:
+    return click.option("--device", metavar="ID", help="The device to ask; by default the only one that is online.")(
+        command
+    )
+
+
 def _with_broker(command: Command) -> Command:
     for option in (
-        click.option("--device", metavar="ID", help="The device to ask; by default the only one that is online."),
+        click.option("--client", metavar="ID", help="Our client id, where the broker's rights go by it."),
         click.option(
             "--broker", metavar="URL", envvar="EDGE_SDK_BROKER__URL", help="By default mqtt://localhost:1883."
+        ),
+        click.option(
+            "--config",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="FILE",
+            help="edge-sdk.toml, for the broker and the way in.",
         ),
     ):
         command = option(command)
@@ -426,8 +438,8 @@ def serve(config: Path | None, engines: Path | None, broker: str | None, device:
 @click.option("--input", "source", required=True, metavar="FILE|-", help="An image, .npy or JSON; - reads stdin.")
 @click.option("--local", type=click.Path(path_type=Path), metavar="PACKAGE", help="Ask this package, without a broker.")
 @click.option("--timeout", default=30.0, show_default=True, help="Seconds to wait for the answer, all in all.")
-@click.option("--sequence", is_flag=True, help="Send the rows of an .npy array as a sequence of a stateful model.")
 @click.option("--group", metavar="NAME", help="Ask whichever device of this group gets the request.")
+@_with_device
 @_with_broker
 @_with_json
 def infer(
@@ -435,9 +447,10 @@ def infer(
     source: str,
     local: Path | None,
     timeout: float,
-    sequence: bool,
     group: str | None,
+    config: Path | None,
     broker: str | None,
+    client: str | None,
     device: str | None,
     as_json: bool,
 ) -> None:
@@ -454,14 +467,12 @@ def infer(
         raise click.UsageError("Give either a MODEL to ask over MQTT, or --local PACKAGE.")
     if group is not None and (device is not None or local is not None):
         raise click.UsageError("Give one of --group, --device and --local.")
-    if group is not None and sequence:
-        raise click.UsageError("A sequence is on one device; --group may ask another one each time.")
     data = sys.stdin.buffer.read() if source == "-" else _read(Path(source))
     if local is not None:
-        answered = ask_package(local, data, timeout_s=timeout, sequence=sequence)
+        answered = ask_package(local, data, timeout_s=timeout)
     elif model is not None:
         answered = ask_device(
-            model, data, broker=broker, device=device, timeout_s=timeout, group=group, sequence=sequence
+            model, data, settings=_at(broker, config), client_id=client, device=device, timeout_s=timeout, group=group
         )
     else:
         raise click.UsageError("Give a MODEL to ask over MQTT, or --local PACKAGE.")
@@ -473,10 +484,17 @@ def infer(
 @click.argument("name", type=click.Choice(["ping", "info", "load", "unload", "deploy", "drain", "resume", "selftest"]))
 @click.argument("arguments", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--timeout", default=60.0, show_default=True, help="Seconds to wait for the answer, all in all.")
-@click.option("--broker", metavar="URL", envvar="EDGE_SDK_BROKER__URL", help="By default mqtt://localhost:1883.")
+@_with_broker
 @_with_json
 def command(
-    device: str, name: str, arguments: tuple[str, ...], timeout: float, broker: str | None, as_json: bool
+    device: str,
+    name: str,
+    arguments: tuple[str, ...],
+    timeout: float,
+    config: Path | None,
+    broker: str | None,
+    client: str | None,
+    as_json: bool,
 ) -> None:
     """Tell DEVICE to do something, and wait until it has. Its settings must say `[commands] enabled = true`.
 
@@ -491,7 +509,7 @@ def command(
     given = dict(argument.partition("=")[::2] for argument in arguments)
     if wrong := [argument for argument in arguments if "=" not in argument]:
         raise click.UsageError(f"{wrong[0]!r} is no KEY=VALUE.")
-    data = command_device(device, name, given, broker=broker, timeout_s=timeout)
+    data = command_device(device, name, given, settings=_at(broker, config), client_id=client, timeout_s=timeout)
     click.echo(_json(data) if as_json else "\n".join(_settings_lines(data)) or "done")
 
 
@@ -500,6 +518,7 @@ def command(
 @click.option("--input", "source", metavar="FILE", help="What to send; by default zeros.")
 @click.option("--concurrency", type=click.IntRange(min=1), default=1, show_default=True, help="Requests in flight.")
 @click.option("--seconds", type=click.FloatRange(min=0.1), default=5.0, show_default=True)
+@_with_device
 @_with_broker
 @_with_json
 def bench(
@@ -507,7 +526,9 @@ def bench(
     source: str | None,
     concurrency: int,
     seconds: float,
+    config: Path | None,
     broker: str | None,
+    client: str | None,
     device: str | None,
     as_json: bool,
 ) -> None:
@@ -521,12 +542,20 @@ def bench(
     from edge_sdk.asking import bench_device, bench_package
 
     data = _read(Path(source)) if source is not None else None
-    if Path(target).is_dir() and not _given("broker"):
+    if Path(target).is_dir() and not (_given("broker") or _given("config")):
         result = bench_package(Path(target), data, concurrency=concurrency, seconds=seconds)
-    elif broker is None:
+    elif broker is None and config is None:
         raise click.UsageError(f"{target} is no package directory; to measure a model over MQTT give --broker URL.")
     else:
-        result = bench_device(target, data, broker=broker, device=device, concurrency=concurrency, seconds=seconds)
+        result = bench_device(
+            target,
+            data,
+            settings=_at(broker, config),
+            client_id=client,
+            device=device,
+            concurrency=concurrency,
+            seconds=seconds,
+        )
     click.echo(_json(result.to_dict()) if as_json else _bench_text(result))
     if result.errors:
         click.echo(f"Error: {result.errors} requests failed; the first: {result.first_error}", err=True)
@@ -577,6 +606,13 @@ def doctor(config: Path | None, broker: str | None, engines: Path | None, as_jso
                 click.echo(f"       -> {finding.fix}")
     if any(finding.level == "fault" for finding in findings):
         sys.exit(4)
+
+
+def _at(broker: str | None, config: Path | None = None) -> Settings:
+    """Where and how to ask: the file's settings and the environment's, with this address where one is given."""
+    from edge_sdk.settings import load_settings
+
+    return load_settings(config, {"broker": {"url": broker}})
 
 
 def _given(option: str) -> bool:

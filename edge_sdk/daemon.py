@@ -43,7 +43,7 @@ from edge_sdk.errors import (
     Unavailable,
 )
 from edge_sdk.mqtt import presence
-from edge_sdk.mqtt.address import connect_options
+from edge_sdk.mqtt.access import BrokerAccess
 from edge_sdk.mqtt.codec import Codec
 from edge_sdk.mqtt.link import Link, QoS
 from edge_sdk.mqtt.session import Record, ReplyRoute, Session
@@ -71,6 +71,7 @@ from edge_sdk.tasks.oip import dump_json
 if TYPE_CHECKING:  # what few daemons use is loaded by those that do
     from edge_sdk.control import Control
     from edge_sdk.health import Health
+    from edge_sdk.mqtt.certificates import ExpiryWatch
     from edge_sdk.mqtt.group import Membership
     from edge_sdk.mqtt.journal import Journal
     from edge_sdk.mqtt.rate import ClientRates
@@ -105,6 +106,8 @@ class Daemon:
         """`group_transport` is another of the same kind, wanted where the settings name groups; `reread` gives the
         settings anew on SIGHUP, or raises SettingsError."""
         self._settings = settings
+        self._access = settings.access()
+        self._certificate = _watched_certificate(self._access)
         self._reread = reread
         self._notifier = notifier or Notifier()
         self._topics = Topics(settings.root, settings.device)
@@ -377,19 +380,15 @@ class Daemon:
 
     def _connect_options(self, version: MqttVersion) -> ConnectOptions:
         broker = self._settings.broker
-        password = self._settings.password()
         offline = Message(self._topics.availability, b"offline", retain=True)
-        return connect_options(
+        return self._access.options(
             broker.url,
             client_id=f"edge-sdk-{self._settings.device}",
-            username=broker.username,
-            password=password.get_secret_value() if password is not None else None,
             version=version,
             session_expiry_s=broker.session_expiry_s,
             keepalive_s=broker.keepalive_s,
             receive_maximum=broker.receive_maximum,
             maximum_packet_size=self._settings.limits.max_packet_bytes,
-            tls_ca_file=str(broker.ca_file) if broker.ca_file is not None else None,
             will=Will(offline, WILL_DELAY_S),
         )
 
@@ -473,6 +472,8 @@ class Daemon:
         if now >= self._stats_at:
             self._stats_at = now + self._settings.stats_interval_s
             self._condition = self._read_condition()
+            if self._certificate is not None and (warning := self._certificate.warning(time.time())):
+                log.warning("%s", warning)
             if self._link.is_connected:
                 self._link.publish(
                     Message(
@@ -502,6 +503,7 @@ class Daemon:
             "mqtt": {**mqtt, "unsent": self._session.unsent},
             **journal,
             **group,
+            **(self._certificate.figures(time.time()) if self._certificate is not None else {}),
             "memory_bytes": _resident_bytes(),
             "machine": self._condition,
         }
@@ -666,6 +668,17 @@ def _client_rates(settings: Settings) -> ClientRates | None:
     from edge_sdk.mqtt.rate import ClientRates
 
     return ClientRates(limits.client_rate, limits.client_burst)
+
+
+def _watched_certificate(access: BrokerAccess) -> ExpiryWatch | None:
+    """Our certificate, to be warned of its end ahead; None where we show none."""
+    for file in access.open_to_all():
+        log.warning("Every user of this machine may read %s, which holds a secret: chmod 600 it.", file)
+    if access.client_cert is None:
+        return None
+    from edge_sdk.mqtt.certificates import ExpiryWatch
+
+    return ExpiryWatch(access.client_cert)
 
 
 def _opened_health(settings: Settings) -> Health | None:

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ from edge_sdk.backends.tensorrt import TensorRTBackend, facts
 from edge_sdk.backends.tensorrt.candidates import Candidate
 from edge_sdk.backends.tensorrt.sidecar import TITLES, newest_cuda
 from edge_sdk.errors import EdgeSdkError, ProfileError, SettingsError
+from edge_sdk.mqtt.address import parse_url
 from edge_sdk.mqtt.broker import find_broker, find_mosquitto
+from edge_sdk.mqtt.certificates import SOON_DAYS, ExpiryWatch, told
 from edge_sdk.package import EnginePackage, package_folders
 from edge_sdk.profiles import Machine, detect, load_profiles
 from edge_sdk.settings import Settings
@@ -148,22 +151,38 @@ def _broker(machine: Machine, settings: Settings) -> Iterator[Finding]:
     binary = find_mosquitto()
     yield Finding("mosquitto", "ok" if binary else "note", binary or "the broker's binary is not on this machine")
     try:
-        password = settings.password()
+        found = find_broker(settings.broker.url, access=settings.access(), timeout_s=3.0)
     except SettingsError as exc:
         yield Finding("broker", "fault", exc.problem, exc.fix)
         return
-    found = find_broker(
-        settings.broker.url,
-        timeout_s=3.0,
-        username=settings.broker.username,
-        password=password.get_secret_value() if password is not None else None,
-        tls_ca_file=str(settings.broker.ca_file) if settings.broker.ca_file is not None else None,
-    )
     if found.reachable:
         yield Finding("broker", "ok", f"{settings.broker.url}: {found.detail}")
     else:
         fix = "Start one (`sudo apt install mosquitto`), or name yours with --broker or EDGE_SDK_BROKER__URL."
         yield Finding("broker", "fault", found.detail, fix)
+
+
+def _secrets(machine: Machine, settings: Settings) -> Iterator[Finding]:
+    """What we show the broker: how long it is good, and who can read it."""
+    try:
+        access = settings.access()
+    except SettingsError:
+        return  # the broker's finding says so
+    for file in access.open_to_all():
+        yield Finding("secrets", "note", f"every user of this machine may read {file}", f"chmod 600 {file}")
+    if access.client_cert is None:
+        return
+    if not parse_url(settings.broker.url).tls:
+        fix = "Use mqtts:// or wss://."
+        yield Finding("client certificate", "note", f"it is not shown to {settings.broker.url}, which has no TLS", fix)
+        return
+    days = ExpiryWatch(access.client_cert).days_left(time.time())
+    if days is None:
+        fix = "It is to be PEM, and readable."
+        yield Finding("client certificate", "fault", f"{access.client_cert} holds no certificate", fix)
+        return
+    level: Level = "fault" if days < 0 else "note" if days <= SOON_DAYS else "ok"
+    yield Finding("client certificate", level, f"{access.client_cert} {told(days)}", "Renew it.")
 
 
 def _engines(machine: Machine, settings: Settings) -> Iterator[Finding]:
@@ -246,5 +265,6 @@ _LOOKS: tuple[Callable[[Machine, Settings], Iterator[Finding]], ...] = (
     _backends,
     _extras,
     _broker,
+    _secrets,
     _engines,
 )

@@ -144,6 +144,7 @@ class _Collector:
         for name, text, key in (
             ("edge_sdk_uptime_seconds", "Since the daemon started", "uptime_s"),
             ("edge_sdk_resident_bytes", "Memory of the daemon's process", "memory_bytes"),
+            ("edge_sdk_client_certificate_days", "Until our certificate expires", "client_certificate_days"),
         ):
             if key in stats:
                 yield GaugeMetricFamily(name, text, value=stats[key])

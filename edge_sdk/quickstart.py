@@ -26,10 +26,12 @@ from edge_sdk import console, resources
 from edge_sdk.bench import BenchResult, drive, in_process
 from edge_sdk.compile.pipeline import build
 from edge_sdk.errors import BackendError, BrokerError, NoAnswer
+from edge_sdk.mqtt.access import BrokerAccess
 from edge_sdk.mqtt.broker import find_broker, start_broker, tied_to_us
 from edge_sdk.mqtt.client import Client
 from edge_sdk.mqtt.negotiation import ProtocolSetting
 from edge_sdk.package import EnginePackage, Measurements
+from edge_sdk.settings import load_settings
 from edge_sdk.spec import EngineSpec, load_spec
 from edge_sdk.tasks.base import Payload
 from edge_sdk.tasks.oip import decode_response
@@ -99,22 +101,27 @@ def run(*, broker: str | None, seconds: float, say: Callable[[str], None], quiet
             protocol: ProtocolSetting
             broker, protocol, kind = started.url, started.protocol, f"{started.kind} on loopback"
         else:
-            protocol, kind = "auto", _reached(broker)
+            protocol, kind = "auto", _reached(broker, _access(broker))
         say(f"Broker: {broker}, {kind}")
         spec = load_spec(resources.EXAMPLES / "digits")
         package = _built(spec, quiet)
         say(f"Package: {package.path}")
         log = package.path.parent / "daemon.log"
         daemon = stack.enter_context(_daemon(package.path.parent, broker, protocol, log))
-        with Client(broker, device=DEVICE, protocol=protocol) as client:
+        with Client(broker, access=_access(broker), device=DEVICE, protocol=protocol) as client:
             _wait_until_ready(client, package.name, daemon, log)
             say("Daemon: ready; asking it over MQTT")
             return _asked(client, package, spec, f"{broker}, {kind}", seconds)
 
 
-def _reached(broker: str) -> str:
+def _access(broker: str) -> BrokerAccess:
+    """The way in that the daemon will take: it gets the same address and the same environment."""
+    return load_settings(None, {"broker": {"url": broker}}).access()
+
+
+def _reached(broker: str, access: BrokerAccess) -> str:
     """What answers there; BrokerError before anything is built if nothing does."""
-    found = find_broker(broker)
+    found = find_broker(broker, access=access)
     if not found.reachable:
         raise BrokerError(found.detail, fix="Without --broker, quickstart starts one of its own.")
     return found.detail

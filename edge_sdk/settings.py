@@ -1,8 +1,8 @@
 """The daemon's settings: `edge-sdk.toml`, overridden by EDGE_SDK_* variables, overridden by the command line.
 
 Every default is here, with its reason. Every key has an environment variable: `[broker] url` is EDGE_SDK_BROKER__URL,
-`device` is EDGE_SDK_DEVICE. A key nobody knows is refused. Secrets are never in the file: a password comes from a file
-of its own, or from systemd's credentials.
+`device` is EDGE_SDK_DEVICE. A key nobody knows is refused. Secrets are never in the file: each comes from a file of its
+own, or from systemd's credentials.
 """
 
 from __future__ import annotations
@@ -17,18 +17,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
-from pydantic import BaseModel, Field, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from edge_sdk.errors import SettingsError
-from edge_sdk.mqtt.address import connect_options
+from edge_sdk.mqtt.access import BrokerAccess
+from edge_sdk.mqtt.address import parse_url
 from edge_sdk.mqtt.negotiation import ProtocolSetting
 from edge_sdk.mqtt.topics import DEFAULT_ROOT, Topics
 from edge_sdk.toml import Table, parse, read_toml
 
 PREFIX = "EDGE_SDK_"
 JOURNAL = "answers.db"
-CREDENTIAL = "broker-password"
-"""The name of systemd's credential, as in `LoadCredential=broker-password:/etc/edge-sdk/broker-password`."""
+CREDENTIALS = {
+    "username_file": "broker-username",
+    "password_file": "broker-password",
+    "ca_file": "broker-ca",
+    "client_cert": "broker-client-cert",
+    "client_key": "broker-client-key",
+    "client_key_password_file": "broker-client-key-password",
+}
+"""Keys of [broker] and systemd's credentials that stand in for them where they are not set, as in
+`LoadCredential=broker-password:/etc/edge-sdk/broker-password`."""
 
 
 class Broker(Table):
@@ -39,10 +48,21 @@ class Broker(Table):
     protocol: ProtocolSetting = "auto"
     """`auto` speaks MQTT 5 and falls back to 3.1.1 where the broker knows nothing newer."""
     username: str | None = None
+    username_file: Path | None = None
+    """Its first line is the user name. This and the files below are read at each connection; under systemd the
+    credentials `broker-username`, `broker-password`, ... need no setting."""
     password_file: Path | None = None
-    """Its first line is the password. Under systemd the credential `broker-password` needs no setting."""
+    """Its first line is the password."""
+    allow_plaintext_password: bool = False
+    """Whether the password may go over the network without TLS, for everybody on the way to read."""
     ca_file: Path | None = None
     """Certificate authorities for mqtts; the system's where this is missing."""
+    client_cert: Path | None = None
+    """Our own certificate, for a broker that asks for one (mutual TLS)."""
+    client_key: Path | None = None
+    """Its key; None: it is in the certificate's file."""
+    client_key_password_file: Path | None = None
+    """Its first line is the password of an encrypted key."""
     keepalive_s: int = Field(default=30, ge=1, le=65535)
     """A half-open connection is noticed within twice this."""
     session_expiry_s: int = Field(default=3600, ge=0)
@@ -54,10 +74,10 @@ class Broker(Table):
     @classmethod
     def _well_formed(cls, url: str) -> str:
         try:
-            options = connect_options(url, client_id="")
+            address = parse_url(url)
         except SettingsError as exc:
             raise ValueError(f"{exc.problem} {exc.fix}".rstrip(".")) from exc
-        if options.password is not None:
+        if address.password is not None:
             raise ValueError("a password in a URL ends up in logs; use password_file")
         return url
 
@@ -171,18 +191,24 @@ class Settings(Table):
             raise ValueError(exc.problem) from exc
         return self
 
-    def password(self) -> SecretStr | None:
-        """The broker password: from `password_file`, else from systemd's credential; None if there is neither."""
-        file = self.broker.password_file
-        folder = os.environ.get("CREDENTIALS_DIRECTORY")
-        if file is None and folder and (credential := Path(folder) / CREDENTIAL).is_file():
-            file = credential
-        if file is None:
-            return None
-        try:
-            return SecretStr(file.read_text(encoding="utf-8").split("\n", 1)[0].rstrip("\r"))
-        except (OSError, UnicodeDecodeError) as exc:
-            raise SettingsError(f"The broker's password file {file} cannot be read: {exc}.") from exc
+    def access(self) -> BrokerAccess:
+        """How the broker is to know us, and we the broker: settings, and systemd's credentials where those are silent.
+
+        SettingsError for what does not fit together, and for a password that would go over the network in the clear.
+        """
+        broker = self.broker
+        files: dict[str, Any] = {key: getattr(broker, key) or _credential(name) for key, name in CREDENTIALS.items()}
+        access = BrokerAccess(
+            username=broker.username, allow_plaintext_password=broker.allow_plaintext_password, **files
+        )
+        access.check(broker.url)
+        return access
+
+
+def _credential(name: str) -> Path | None:
+    """The file in which systemd put a credential of ours, if it did."""
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    return file if folder and (file := Path(folder) / name).is_file() else None
 
 
 def _address(text: str) -> tuple[str, int]:
@@ -215,7 +241,7 @@ def load_settings(
 def _anchor(data: dict[str, Any], folder: Path) -> None:
     """Make the file's paths relative to the file, not to wherever the daemon was started."""
     broker = data.get("broker")
-    paths = ((data, "engines"), (data, "engine_cache"), (broker, "password_file"), (broker, "ca_file"))
+    paths = ((data, "engines"), (data, "engine_cache"), *((broker, key) for key in CREDENTIALS))
     for table, key in paths:
         if isinstance(table, dict) and isinstance(table.get(key), str):
             table[key] = str(folder / table[key])

@@ -20,6 +20,15 @@ from typing import Any
 
 MOSQUITTO = shutil.which("mosquitto", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
 
+NO_WEBSOCKETS = (
+    "mosquitto is not installed"
+    if MOSQUITTO is None
+    else "this mosquitto was built without WebSockets"
+    if b"Websockets support not available" in Path(MOSQUITTO).read_bytes()
+    else ""
+)
+"""Why there is no broker for WebSockets; empty where there is one."""
+
 DEADLINE_S = 15.0
 """How long a test polls for a state before it fails; never how long it waits."""
 
@@ -53,6 +62,7 @@ class Broker:
         self.log = log
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
+        self.websockets_port: int | None = None
 
     @property
     def url(self) -> str:
@@ -67,7 +77,7 @@ class Broker:
     def _answers(self) -> bool:
         assert self.process is not None
         assert self.process.poll() is None, self.log.read_text()[-2000:]
-        return listens(self.port)
+        return listens(self.port) and (self.websockets_port is None or listens(self.websockets_port))
 
     def signal(self, number: int) -> None:
         assert self.process is not None
@@ -91,9 +101,15 @@ class Broker:
 
 @contextlib.contextmanager
 def running_mosquitto(directory: Path, **settings: Any) -> Iterator[Broker]:
-    """mosquitto for one test. A setting of None is left out; `lines` are added as they are."""
+    """mosquitto for one test. A setting of None is left out; `lines` are added as they are.
+
+    `websockets` adds a listener for them, at `websockets_port`.
+    """
     assert MOSQUITTO is not None
     lines = list(settings.pop("lines", ()))
+    websockets_port = free_port() if settings.pop("websockets", False) else None
+    if websockets_port is not None:
+        lines += [f"listener {websockets_port} 127.0.0.1", "protocol websockets"]
     values = {
         "allow_anonymous": "true",
         "persistence": "true",
@@ -114,6 +130,7 @@ def running_mosquitto(directory: Path, **settings: Any) -> Iterator[Broker]:
         return [str(MOSQUITTO), "-c", str(configuration)]
 
     broker = Broker(command, directory / "mosquitto.log")
+    broker.websockets_port = websockets_port
     broker.start()
     try:
         yield broker

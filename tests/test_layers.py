@@ -27,11 +27,24 @@ DOORS = {
     "tensorrt": {"backends/tensorrt/api.py"},
     "tensorrt_rtx": {"backends/tensorrt/api.py"},
     "tomllib": {"toml.py"},
+    "wsproto": {"mqtt/transports/websocket.py"},
     "tomli": {"toml.py"},
 }
 """Vendor library -> the files, or the room, that may import it."""
 
-VENDORS = ("onnx", "onnxruntime", "onnxslim", "paho", "PIL", "amqtt", "tensorrt", "tensorrt_rtx", "pycuda", "cuda")
+VENDORS = (
+    "onnx",
+    "onnxruntime",
+    "onnxslim",
+    "paho",
+    "PIL",
+    "amqtt",
+    "tensorrt",
+    "tensorrt_rtx",
+    "pycuda",
+    "cuda",
+    "wsproto",
+)
 
 
 def imported(file: Path) -> Iterator[str]:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from edge_sdk.errors import SettingsError
+from edge_sdk.mqtt.access import BrokerAccess
 from edge_sdk.mqtt.topics import is_device_name
-from edge_sdk.settings import CREDENTIAL, Settings, default_device, load_settings
+from edge_sdk.mqtt.transports.base import ConnectOptions
+from edge_sdk.settings import CREDENTIALS, Broker, Settings, default_device, load_settings
 
 FILE = """
 device = "from-file"
@@ -114,26 +116,99 @@ def test_a_bad_file_names_the_key(tmp_path: Path, text: str, complaint: str) -> 
     assert "hunter2" not in str(caught.value)
 
 
-def test_the_password_comes_from_a_file_and_is_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`password_file`, else systemd's credential, else none: one line, masked in every repr."""
+SECRETS = {
+    "username_file": "broker-username",
+    "password_file": "broker-password",
+    "client_key_password_file": "broker-client-key-password",
+}
+"""What is read from files, and the credentials that stand in for them."""
+
+
+def told(options: ConnectOptions) -> tuple[str | None, ...]:
+    return options.username, options.password, options.tls_client_key_password
+
+
+def test_secrets_come_from_files_and_are_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting's file, else systemd's credential, else none: one line, read at each connection, in no repr."""
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    set_to = {key: tmp_path / key for key in SECRETS}
+
+    def options(**broker: Any) -> ConnectOptions:
+        settings = load_settings(None, {"device": "d", "broker": {"client_cert": "our.crt", **broker}}, {})
+        access = settings.access()
+        found = access.options(settings.broker.url, client_id="c")
+
+        assert "hunter" not in f"{settings!r} {settings.model_dump()} {access!r} {found!r}"
+        return found
+
+    assert (None, None, None) == told(options())
+    for credential, text in zip(SECRETS.values(), ("robot", "hunter1", "hunter2")):
+        (tmp_path / credential).write_text(f"{text}\r\nnot this\n", encoding="utf-8")
+    for file, text in zip(set_to.values(), ("camera", "hunter3", "hunter4")):
+        file.write_text(text, encoding="utf-8")
+    assert ("robot", "hunter1", "hunter2") == told(options())
+    assert ("camera", "hunter3", "hunter4") == told(options(**set_to))
+    assert ("me", "hunter3", "hunter4") == told(options(username="me", **set_to))
+    assert ("robot", "hunter3", "hunter2") == told(options(password_file=set_to["password_file"]))
+
+
+def test_files_are_read_for_each_connection(tmp_path: Path) -> None:
+    """What was rotated is what the next connection says; settings are made once."""
     secret = tmp_path / "secret"
-    secret.write_text("hunter2\r\nnot this\n", encoding="utf-8")
+    secret.write_text("before\n", encoding="utf-8")
+    access = Settings(device="d", broker=Broker(username="me", password_file=secret)).access()
+    before = access.options("mqtt://localhost", client_id="c").password
+    secret.write_text("after\n", encoding="utf-8")
 
-    def password(**broker: Any) -> str | None:
-        settings = load_settings(None, {"device": "d", "broker": broker}, {})
-        found = settings.password()
+    assert ("before", "after") == (before, access.options("mqtt://localhost", client_id="c").password)
 
-        assert "hunter" not in f"{settings!r} {settings.model_dump()} {found!r} {found}"
-        return found.get_secret_value() if found is not None else None
 
-    assert None is password()
-    assert "hunter2" == password(password_file=secret)
-    (tmp_path / CREDENTIAL).write_text("hunter3", encoding="utf-8")
-    assert "hunter3" == password()
-    assert "hunter2" == password(password_file=secret)
-    with pytest.raises(SettingsError, match="none cannot be read"):
-        password(password_file=tmp_path / "none")
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(None, "cannot be read: No such file"), (b"", "is empty"), (b"\nhunter2", "is empty"), (b"hunter2\xff", "UTF-8")],
+)
+def test_a_secret_that_cannot_be_read_is_named_by_its_file(
+    tmp_path: Path, content: bytes | None, complaint: str
+) -> None:
+    """SettingsError says which file and why, never what is in it."""
+    secret = tmp_path / "secret"
+    if content is not None:
+        secret.write_bytes(content)
+    access = Settings(device="d", broker=Broker(username="me", password_file=secret)).access()
+    with pytest.raises(SettingsError, match=complaint) as caught:
+        access.options("mqtt://localhost", client_id="c")
+
+    assert str(secret) in str(caught.value)
+    assert "hunter" not in str(caught.value)
+
+
+@pytest.mark.parametrize("credential", [False, True])
+def test_a_password_does_not_go_over_the_network_in_the_clear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, credential: bool
+) -> None:
+    """Refused when the daemon starts, before the file is read, unless TLS, loopback or a setting makes it right."""
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    if credential:
+        (tmp_path / CREDENTIALS["password_file"]).write_text("hunter2", encoding="utf-8")
+    secret = None if credential else tmp_path / "secret"
+
+    def access(url: str, **more: Any) -> BrokerAccess:
+        return Settings(device="d", broker=Broker(url=url, username="me", password_file=secret, **more)).access()
+
+    with pytest.raises(SettingsError, match=r"in the clear") as caught:
+        access("mqtt://broker.example")
+
+    assert "allow_plaintext_password = true" in caught.value.fix
+    assert "mqtts://" in caught.value.fix
+    assert not access("mqtts://broker.example").allow_plaintext_password
+    assert not access("mqtt://localhost").allow_plaintext_password
+    assert access("mqtt://broker.example", allow_plaintext_password=True).allow_plaintext_password
+
+
+def test_a_key_belongs_to_a_certificate(tmp_path: Path) -> None:
+    """A client key alone proves nothing, and is a setting forgotten."""
+    with pytest.raises(SettingsError, match="client_cert"):
+        Settings(device="d", broker=Broker(client_key=tmp_path / "our.key")).access()
 
 
 def test_the_default_device_is_a_name_and_stays_the_same() -> None:
@@ -160,10 +235,12 @@ def test_a_reply_prefix_is_a_whole_level(prefix: str) -> None:
 
 
 def test_paths_in_a_file_are_relative_to_the_file(tmp_path: Path) -> None:
+    """Every path: those of the engines, and every file of [broker]."""
     file = tmp_path / "edge-sdk.toml"
-    file.write_text('engines = "e"\nengine_cache = "c"\n[broker]\npassword_file = "p"\nca_file = "/etc/ca.pem"\n')
+    named = "\n".join(f'{key} = "{key}"' for key in CREDENTIALS if key != "ca_file")
+    file.write_text(f'engines = "e"\nengine_cache = "c"\n[broker]\nca_file = "/etc/ca.pem"\n{named}\n')
     settings = load_settings(file, environment={})
 
     assert (tmp_path / "e", tmp_path / "c") == (settings.engines, settings.engine_cache)
-    assert tmp_path / "p" == settings.broker.password_file
+    assert all(tmp_path / key == getattr(settings.broker, key) for key in CREDENTIALS if key != "ca_file")
     assert Path("/etc/ca.pem") == settings.broker.ca_file

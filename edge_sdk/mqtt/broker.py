@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 from edge_sdk.errors import BrokerError
-from edge_sdk.mqtt.address import connect_options
+from edge_sdk.mqtt.access import BrokerAccess
 from edge_sdk.mqtt.negotiation import Negotiation
 from edge_sdk.mqtt.transports.base import Closed, Connected, ConnectOptions, Received, Refused
 from edge_sdk.mqtt.transports.paho import PahoTransport
@@ -133,26 +133,13 @@ def start_broker(
             _stop(process)
 
 
-def find_broker(
-    url: str,
-    *,
-    username: str | None = None,
-    password: str | None = None,
-    tls_ca_file: str | None = None,
-    timeout_s: float = 5.0,
-) -> FoundBroker:
+def find_broker(url: str, *, access: BrokerAccess = BrokerAccess(), timeout_s: float = 5.0) -> FoundBroker:
     """Connect as a client would, and say what answered. Never raises for what the network does.
 
-    `username`, `password` and `tls_ca_file` are the client's own: without them a broker that asks for them refuses.
+    `access` is the client's own: without it a broker that asks for a name or a certificate refuses. SettingsError if
+    its files cannot be read.
     """
-    options = connect_options(
-        url,
-        client_id=f"edge-sdk-probe-{os.getpid()}",
-        username=username,
-        password=password,
-        tls_ca_file=tls_ca_file,
-        clean_start=True,
-    )
+    options = access.options(url, client_id=f"edge-sdk-probe-{os.getpid()}", clean_start=True)
     transport = PahoTransport()
     try:
         return _probe(transport, options, timeout_s)

@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -37,7 +38,8 @@ from edge_sdk.errors import (
     Unavailable,
 )
 from edge_sdk.mqtt import commands, topics
-from edge_sdk.mqtt.address import connect_options
+from edge_sdk.mqtt.access import BrokerAccess
+from edge_sdk.mqtt.address import parse_url
 from edge_sdk.mqtt.answers import Answer, ClientCodec, Data, Prediction, check_version, described, encoder
 from edge_sdk.mqtt.negotiation import ProtocolSetting
 from edge_sdk.mqtt.pending import Fail, PendingRequest, PendingRequests
@@ -61,7 +63,7 @@ from edge_sdk.mqtt.transports.base import (
 )
 from edge_sdk.tasks.base import BINARY, Body, SequencePart
 
-__all__ = ["Answer", "Client", "ClientStatistics", "Data", "Prediction"]
+__all__ = ["Answer", "BrokerAccess", "Client", "ClientStatistics", "Data", "Prediction"]
 
 WINDOW = 64
 """Requests on their way to the broker, unacknowledged, at a time; the broker's Receive Maximum may say fewer."""
@@ -106,10 +108,12 @@ class _Job:
 class Client:
     """A connection to a broker, and through it to devices. Thread-safe; use it as a context manager, or `close` it.
 
-    `broker_url` is mqtt://HOST[:PORT] or mqtts://. `device` is whom requests go to when they do not say; None means the
-    only device that is online. `timeout_s` is the total deadline of a request, resends and waiting included.
-    `wait_for_device_s` is the patience with a device that was online and is not (it may be restarting); one that was
-    never seen fails within half a second. `protocol` is "auto", "5" or "3.1.1".
+    `broker_url` is mqtt://HOST[:PORT] or mqtts://. `access` is how the broker knows us and we the broker, from files
+    that are read for each connection; `username`, `password` and `tls_ca_file` are short for fields of it, and win.
+    Without TLS a password goes to loopback only, unless `access` allows more. `device` is whom requests go to when they
+    do not say; None means the only device that is online. `timeout_s` is the total deadline of a request, resends and
+    waiting included. `wait_for_device_s` is the patience with a device that was online and is not (it may be
+    restarting); one that was never seen fails within half a second. `protocol` is "auto", "5" or "3.1.1".
 
     The constructor connects, and raises BrokerError if that is not possible; each attempt may take `connect_timeout_s`.
     After that a lost connection is restored in the background and costs no request, only time.
@@ -124,6 +128,7 @@ class Client:
         connect_timeout_s: float = 10.0,
         wait_for_device_s: float = 10.0,
         protocol: ProtocolSetting = "auto",
+        access: BrokerAccess = BrokerAccess(),
         username: str | None = None,
         password: str | None = None,
         tls_ca_file: str | None = None,
@@ -138,17 +143,17 @@ class Client:
         self._timeout_s = timeout_s
         self._connect_timeout_s = connect_timeout_s
         self._codec = ClientCodec(self._root, self.client_id)
-        self._options: ConnectOptions = connect_options(
-            broker_url,
-            client_id=self.client_id,
-            username=username,
-            password=password,
-            tls_ca_file=tls_ca_file,
-            clean_start=True,
-            keepalive_s=keepalive_s,
-            receive_maximum=ANSWERS_ON_THE_WAY,
-            maximum_packet_size=MAX_ANSWER_BYTES,
+        self._broker_url = broker_url
+        self._access = replace(
+            access,
+            username=access.username if username is None else username,
+            password=access.password if password is None else password,
+            ca_file=access.ca_file if tls_ca_file is None else Path(tls_ca_file),
         )
+        self._keepalive_s = keepalive_s
+        self._options(5)  # what is wrong with them is raised here
+        address = parse_url(broker_url)
+        self._where = f"{address.host}:{address.port}"
         if transport is None:
             from edge_sdk.mqtt.transports.paho import PahoTransport
 
@@ -191,7 +196,7 @@ class Client:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Client {self.client_id} at {self._options.host}:{self._options.port}, {len(self._jobs)} waiting>"
+        return f"<Client {self.client_id} at {self._where}, {len(self._jobs)} waiting>"
 
     # -------------------------------------------------------------------------------------------------- for the caller
 
@@ -512,12 +517,24 @@ class Client:
     def _keep_connected(self, now: float) -> None:
         if not self._reconnection.due(now):
             return
-        options = replace(self._options, version=self._reconnection.version)
         try:
+            options = self._options(self._reconnection.version)
             self._transport.open(options, timeout_s=self._reconnection.patience_s(self._connect_timeout_s))
         except EdgeSdkError as error:
             self._reconnection.failed(time.monotonic())  # the attempt took its time
             self._fail_first_try(error)
+
+    def _options(self, version: MqttVersion) -> ConnectOptions:
+        """What to connect with, as the files are now; SettingsError."""
+        return self._access.options(
+            self._broker_url,
+            client_id=self.client_id,
+            version=version,
+            clean_start=True,
+            keepalive_s=self._keepalive_s,
+            receive_maximum=ANSWERS_ON_THE_WAY,
+            maximum_packet_size=MAX_ANSWER_BYTES,
+        )
 
     def _fail_first_try(self, error: EdgeSdkError) -> None:
         """The first connection is the constructor's, and its failure final."""
@@ -536,7 +553,7 @@ class Client:
     def _on_lost(self, event: Refused | Closed, now: float) -> None:
         self._pending.disconnected()
         self._refused.clear()
-        where = f"The MQTT broker at {self._options.host}:{self._options.port}"
+        where = f"The MQTT broker at {self._where}"
         if isinstance(event, Refused):
             pause_s = self._reconnection.refused(event.code, now)
             error = BrokerError(f"{where} refused the connection: {event.reason}.")

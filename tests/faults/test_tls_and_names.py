@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from edge_sdk.mqtt.access import BrokerAccess
 from edge_sdk.mqtt.client import Client
+from tests.authority import Authority
 from tests.brokers import MOSQUITTO, eventually, free_port, listens, running_mosquitto
 from tests.daemon.processes import DaemonProcess
 from tests.faults.conftest import (
@@ -24,51 +26,6 @@ needs_mosquitto = pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not
 
 
 # TLS
-
-
-class Authority:
-    """A certificate authority for a test, and servers' certificates good and bad."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.file = self._self_signed("authority", "Test Authority")
-
-    def certificate(self, name: str, *, host: str = "localhost", begins: str = "", ends: str = "") -> tuple[Path, Path]:
-        """Certificate and key; `begins` and `ends` as YYMMDDHHMMSSZ."""
-        key, request, made = (self.folder / f"{name}.{kind}" for kind in ("key", "csr", "crt"))
-        self._openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", request, "-subj", f"/CN={host}")
-        options = self.folder / f"{name}.cnf"
-        index = self.folder / f"{name}.index"
-        index.touch()
-        options.write_text(
-            "[ca]\ndefault_ca=x\n[x]\n"
-            f"database={index}\nnew_certs_dir={self.folder}\ndefault_md=sha256\nrand_serial=yes\n"
-            "unique_subject=no\npolicy=any\nx509_extensions=names\n[any]\ncommonName=supplied\n"
-            f"[names]\nsubjectAltName=DNS:{host}\n"
-        )
-        self._openssl(
-            "ca", "-batch", "-notext", "-config", options, "-cert", self.file,
-            "-keyfile", self.folder / "authority.key", "-in", request, "-out", made,
-            "-startdate", begins or "200101000000Z", "-enddate", ends or "400101000000Z",
-        )  # fmt: skip
-        key.chmod(0o644)
-        return made, key
-
-    def stranger(self) -> tuple[Path, Path]:
-        """A certificate that signed itself."""
-        return self._self_signed("stranger", "localhost"), self.folder / "stranger.key"
-
-    def _self_signed(self, name: str, subject: str) -> Path:
-        key, made = self.folder / f"{name}.key", self.folder / f"{name}.crt"
-        self._openssl(
-            "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", made, "-days", "2",
-            "-subj", f"/CN={subject}",
-        )  # fmt: skip
-        key.chmod(0o644)
-        return made
-
-    def _openssl(self, *words: object) -> None:
-        subprocess.run(["openssl", *map(str, words)], check=True, capture_output=True, cwd=self.folder)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +74,50 @@ def test_case_23_a_certificate_that_is_not_good(
 
     assert status.startswith("STATUS=Not connected: ")
     assert complaint in status
+
+
+@needs_mosquitto
+def test_case_23_certificates_are_rotated_on_both_sides(
+    tmp_path: Path, authority: Authority, engines: Path, open_daemon: OpenDaemon
+) -> None:
+    """Authority, certificates and keys of everybody are replaced under way: the next connection uses them.
+
+    A certificate that is replaced before its key fits nothing for a moment; that is told, and passes by itself.
+    """
+    place = tmp_path / "certificates"
+    place.mkdir()
+    names = ("ca.crt", "server.crt", "server.key", "daemon.crt", "daemon.key", "client.crt", "client.key")
+    ca, server, server_key, ours, our_key, theirs, their_key = (place / name for name in names)
+    second = Authority(tmp_path / "second")
+
+    def install(made_by: Authority, *wanted: Path) -> None:
+        for path in wanted or (ca, server, server_key, ours, our_key, theirs, their_key):
+            made = made_by.file if path is ca else made_by.folder / path.name
+            path.write_bytes(made.read_bytes())
+
+    for one in (authority, second):
+        for name, host in (("server", "localhost"), ("daemon", "daemon"), ("client", "client")):
+            one.certificate(name, host=host)
+    install(authority)
+    lines = [f"cafile {ca}", f"certfile {server}", f"keyfile {server_key}", "require_certificate true"]
+    with running_mosquitto(tmp_path, lines=lines) as broker:
+        url = f"mqtts://localhost:{broker.port}"
+        tls = {"broker__ca_file": ca, "broker__client_cert": ours, "broker__client_key": our_key}
+        daemon = open_daemon(url, **{key: str(file) for key, file in tls.items()})
+        access = BrokerAccess(ca_file=ca, client_cert=theirs, client_key=their_key)
+        with Client(url, access=access, device=DEVICE, timeout_s=60) as client:
+            daemon.wait_for_state(client, "scale", "READY")
+            before = client.infer("scale", numbers(2.0))
+            broker.stop()
+            install(second, ca, server, server_key, ours, theirs, their_key)
+            broker.start()
+            eventually(lambda: "does not belong to the certificate" in daemon.said(), "the key does not fit")
+            install(second, our_key)
+            after = client.infer("scale", numbers(3.0))
+            reconnects = client.statistics.reconnects
+
+    assert (4.0, 6.0) == (doubled(before.raw)[0], doubled(after.raw)[0])
+    assert reconnects >= 1
 
 
 # Names and addresses

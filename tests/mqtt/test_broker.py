@@ -13,6 +13,7 @@ import pytest
 
 from edge_sdk.errors import BrokerError
 from edge_sdk.mqtt import broker as broker_module
+from edge_sdk.mqtt.access import BrokerAccess
 from edge_sdk.mqtt.address import connect_options
 from edge_sdk.mqtt.broker import BrokerKind, find_broker, find_mosquitto, mosquitto_configuration, start_broker
 from edge_sdk.mqtt.transports.base import Connected, ConnectOptions, Message, Received
@@ -156,7 +157,7 @@ def test_the_probe_says_who_it_is() -> None:
         connection.sendall(CONNACK_5)
 
     with fake_broker(talk) as port:
-        found = find_broker(f"mqtt://127.0.0.1:{port}", username="somebody", password="secret")
+        found = find_broker(f"mqtt://127.0.0.1:{port}", access=BrokerAccess("somebody", password="secret"))
 
     assert found.reachable
     assert b"\0\x08somebody\0\x06secret" in connects[0]
@@ -187,7 +188,7 @@ def test_a_url_says_all_there_is_to_say() -> None:
     """User, password, host, port and TLS come from the URL; arguments win."""
     full = connect_options("mqtts://me:p%40ss@broker.example:1234", client_id="c", keepalive_s=7)
     short = connect_options("broker", client_id="c")
-    given = connect_options("mqtt://me:pass@broker", client_id="c", username="you", password="word")
+    given = connect_options("mqtt://me:pass@localhost", client_id="c", username="you", password="word")
 
     assert ("broker.example", 1234, True, "me", "p@ss", 7) == (
         full.host, full.port, full.tls, full.username, full.password, full.keepalive_s,
@@ -226,6 +227,6 @@ def test_tls_is_spoken_and_checked(tmp_path: Path) -> None:
 
         assert isinstance(connected, Connected)
         assert (b"before", payload) == (small.message.payload, large.message.payload)
-        assert find_broker(f"mqtts://127.0.0.1:{broker.port}", tls_ca_file=os.fspath(certificate)).reachable
+        assert find_broker(f"mqtts://127.0.0.1:{broker.port}", access=BrokerAccess(ca_file=certificate)).reachable
         with pytest.raises(BrokerError, match=r"certificate"):
             PahoTransport().open(ConnectOptions("127.0.0.1", broker.port, "c", tls=True), timeout_s=5)

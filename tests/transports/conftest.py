@@ -20,7 +20,7 @@ from edge_sdk.mqtt.transports.base import (
 )
 from edge_sdk.mqtt.transports.memory import MemoryBroker
 from edge_sdk.mqtt.transports.paho import PahoTransport
-from tests.brokers import MOSQUITTO, eventually, running_amqtt, running_mosquitto
+from tests.brokers import MOSQUITTO, NO_WEBSOCKETS, eventually, running_amqtt, running_mosquitto
 
 
 class Killable(Protocol):
@@ -39,9 +39,16 @@ class Kind:
     port: int
     remembers: bool
     """Whether the broker's sessions outlive the broker."""
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further options of every connection."""
+    slow: str = ""
+    """Why the broker takes minutes to send a large message; empty where it does not."""
 
     def options(self, client_id: str = "one", **changes: Any) -> ConnectOptions:
-        return ConnectOptions("127.0.0.1", self.port, client_id, version=self.version, **changes)
+        return ConnectOptions("127.0.0.1", self.port, client_id, version=self.version, **{**self.more, **changes})
+
+
+SLOW = "mosquitto 2.0 sends 4 KB each tenth of a second over a WebSocket; test_websocket.py has long messages"
 
 
 class KillableMemoryBroker(MemoryBroker):
@@ -49,7 +56,14 @@ class KillableMemoryBroker(MemoryBroker):
         self.stop()
 
 
-KINDS = ("paho 5, mosquitto", "paho 3.1.1, mosquitto", "paho 3.1.1, amqtt", "memory 5", "memory 3.1.1")
+KINDS = (
+    "paho 5, mosquitto",
+    "paho 3.1.1, mosquitto",
+    "paho 3.1.1, amqtt",
+    "paho 5, WebSocket",
+    "memory 5",
+    "memory 3.1.1",
+)
 
 
 @pytest.fixture(params=KINDS)
@@ -63,6 +77,16 @@ def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kind]:
         pytest.importorskip("amqtt", reason="amqtt, the embedded broker, is not installed")
         with running_amqtt(tmp_path) as broker:
             yield Kind(name, version, broker, PahoTransport, broker.port, remembers=False)
+    elif name.endswith("WebSocket"):
+        if NO_WEBSOCKETS:
+            pytest.skip(NO_WEBSOCKETS)
+        pytest.importorskip("wsproto", reason="wsproto is not installed")
+        with running_mosquitto(tmp_path, websockets=True) as broker:
+            assert broker.websockets_port is not None
+            more = {"websocket_path": "/mqtt"}
+            yield Kind(
+                name, version, broker, PahoTransport, broker.websockets_port, remembers=True, more=more, slow=SLOW
+            )
     else:
         if MOSQUITTO is None:
             pytest.skip("mosquitto is not installed")

@@ -237,6 +237,8 @@ def test_subscriptions_are_answered_one_by_one(kind: Kind, connect: Connect) -> 
 
 def test_large_payloads_make_the_round_trip(kind: Kind, connect: Connect) -> None:
     """2 MB there and back, several at once, unharmed and in order."""
+    if kind.slow:
+        pytest.skip(kind.slow)
     payloads = [bytes([i]) * 2_000_000 for i in range(3)]
     driver = connect("one", "t")
 
@@ -249,6 +251,8 @@ def test_large_payloads_make_the_round_trip(kind: Kind, connect: Connect) -> Non
 
 def test_packets_of_every_header_length(kind: Kind, connect: Connect) -> None:
     """Sizes around which the remaining length takes one more byte, or the receive buffer ends, are nothing special."""
+    if kind.slow:
+        pytest.skip(kind.slow)
     sizes = [*range(100, 136), *range(16_364, 16_390), 65_535, 262_120, 262_140, 262_144, 262_150]
     driver = connect("one", "t")
 

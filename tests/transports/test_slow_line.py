@@ -18,9 +18,9 @@ import pytest
 from edge_sdk.mqtt.transports.base import Acknowledged, Closed, Connected, ConnectOptions, Message
 from edge_sdk.mqtt.transports.paho import PahoTransport
 from edge_sdk.mqtt.transports.pipes import Pipe
+from tests.authority import Authority
 from tests.brokers import eventually, running_mosquitto
 from tests.faults.proxy import Proxy
-from tests.faults.test_tls_and_names import Authority
 from tests.transports.conftest import Driver
 from tests.transports.test_hostile import CONNACK_5, fake_broker, needs_mosquitto
 

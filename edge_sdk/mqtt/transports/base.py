@@ -107,10 +107,17 @@ class ConnectOptions:
     tls: bool = False
     tls_ca_file: str | None = None
     """None: the system's certificate authorities."""
+    tls_client_cert: str | None = None
+    """Our own certificate, for a broker that asks for one; read anew for each connection, as are all these files."""
+    tls_client_key: str | None = None
+    """None: it is in the certificate's file."""
+    tls_client_key_password: str | None = None
+    websocket_path: str | None = None
+    """MQTT inside a WebSocket at that path; None: as it is."""
     will: Will | None = None
 
     def __repr__(self) -> str:
-        scheme = "mqtts" if self.tls else "mqtt"
+        scheme = ("mqtt" if self.websocket_path is None else "ws") + "s" * self.tls
         user = f"{self.username}@" if self.username else ""
         return f"<ConnectOptions {scheme}://{user}{self.host}:{self.port} {self.client_id!r} v{self.version}>"
 

@@ -4,8 +4,9 @@
     count = pipe.receive(room)                     # bytes; None: nothing here now; 0: the other side hung up
     count = pipe.send(outbox)                      # bytes taken; None: no room now
 
-`open_pipe` is the one place that knows which kinds there are: `Pipe` is TCP as it is, `TlsPipe` enciphers. Both raise
-OSError for what becomes of the line. A pipe is waited for by its `fileno`.
+`open_pipe` is the one place that knows which kinds there are: `Pipe` is TCP as it is, `TlsPipe` enciphers, and a
+WebSocket (`websocket`) goes over either. All raise OSError for what becomes of the line. A pipe is waited for by its
+`fileno`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, NamedTuple, Union
 
 from edge_sdk.errors import BrokerError
+from edge_sdk.mqtt.transports import tls
 from edge_sdk.mqtt.transports.base import ConnectOptions
 
 if sys.platform == "linux":
@@ -112,33 +114,74 @@ class TlsPipe(Pipe):
             return self.sock.recv_into(room)
         except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return None
+        except ssl.SSLError as err:
+            raise ConnectionError(tls.alert(err)) from err
 
     def send(self, outbox: deque[Piece]) -> int | None:
         try:
-            return self.sock.send(outbox[0] if len(outbox) == 1 else _gather(outbox))
+            return self.sock.send(outbox[0] if len(outbox) == 1 else gather(outbox))
         except (BlockingIOError, TimeoutError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return None
+        except OSError as err:
+            if (told := self._last_words()) is not None:
+                raise told from err
+            raise
+
+    def _last_words(self) -> ConnectionError | None:
+        """Why the other side hung up, if it said so before: a broker that refuses our certificate does."""
+        try:
+            self.sock.setblocking(False)
+            self.sock.recv(1)
+        except ssl.SSLError as err:
+            return ConnectionError(said) if (said := tls.alert(err)) != str(err) else None
+        except OSError:
+            pass
+        return None
 
 
 def open_pipe(options: ConnectOptions, timeout_s: float) -> Pipe:
-    """A pipe to the broker; BrokerError if it cannot be reached in time, naming it and saying what to check."""
+    """A pipe to the broker; BrokerError if it cannot be reached in time, naming it and saying what to check.
+
+    SettingsError for files of ours that are missing, or wrong.
+    """
     give_up_at = time.monotonic() + timeout_s
+    context = tls.client_context(options) if options.tls else None
     sock = _connected(options, give_up_at)
     try:
         # Without it a PUBACK waits for the peer's delayed ACK: 44 ms a request instead of 0.24.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if options.tls:
-            sock.settimeout(max(0.001, give_up_at - time.monotonic()))
-            context = ssl.create_default_context(cafile=options.tls_ca_file)
-            sock = context.wrap_socket(sock, server_hostname=options.host)
-        sock.setblocking(False)
-    except (OSError, ValueError) as err:
+        pipe = Pipe(sock) if context is None else _enciphered(sock, context, options, give_up_at)
+        if options.websocket_path is not None:
+            pipe = _upgraded(pipe, options.websocket_path, options, give_up_at)
+        pipe.sock.setblocking(False)
+    except BaseException:
         sock.close()
+        raise
+    return pipe
+
+
+def _enciphered(sock: socket.socket, context: ssl.SSLContext, options: ConnectOptions, give_up_at: float) -> TlsPipe:
+    try:
+        sock.settimeout(max(0.001, give_up_at - time.monotonic()))
+        return TlsPipe(context.wrap_socket(sock, server_hostname=options.host))
+    except (OSError, ValueError) as err:
         raise BrokerError(
             f"No TLS connection to the MQTT broker at {options.host}:{options.port}: {_why(err)}.",
-            fix="Check the certificate authority (tls_ca_file), the host name, and that this is the broker's TLS port.",
+            fix="Check the certificate authority (ca_file), the host name, and that this is the broker's TLS port.",
         ) from err
-    return TlsPipe(sock) if options.tls else Pipe(sock)
+
+
+def _upgraded(pipe: Pipe, path: str, options: ConnectOptions, give_up_at: float) -> Pipe:
+    from edge_sdk.mqtt.transports.websocket import upgraded
+
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    try:
+        return upgraded(pipe, host=f"{host}:{options.port}", path=path, give_up_at=give_up_at)
+    except OSError as err:
+        raise BrokerError(
+            f"No WebSocket to the MQTT broker at {options.host}:{options.port}: {_why(err)}.",
+            fix="Check the path in the broker's URL, and that this is the broker's port for WebSockets.",
+        ) from err
 
 
 def _connected(options: ConnectOptions, give_up_at: float) -> socket.socket:
@@ -211,10 +254,12 @@ def _reach(addresses: list[Any], give_up_at: float) -> socket.socket:
 def _why(err: Exception) -> str:
     if isinstance(err, TimeoutError):
         return "it did not answer in time"
+    if isinstance(err, ssl.SSLError) and (told := tls.alert(err)) != str(err):
+        return told
     return getattr(err, "strerror", None) or getattr(err, "reason", None) or str(err) or type(err).__name__
 
 
-def _gather(outbox: deque[Piece], limit: int = 16_384) -> Piece:
+def gather(outbox: deque[Piece], limit: int = 16_384) -> Piece:
     """TLS has no sendmsg: join small pieces into one record rather than send a record each."""
     if len(outbox[0]) >= limit:
         return outbox[0]

@@ -154,6 +154,7 @@ class StreamTransport:
         self._give_up_at = time.monotonic() + timeout_s
         self._pipe = open_pipe(options, timeout_s)
         self._selector.register(self._pipe, selectors.EVENT_READ)
+        self._more = not self._pipe.tells_empty  # a handshake may have read what came behind it
         self._keepalive_s = options.keepalive_s
         self._heard_at = self._sent_at = time.monotonic()
         self._pinged_at = 0.0
