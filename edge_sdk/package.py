@@ -5,7 +5,7 @@ A package is a directory:
     manifest.json     what it is: I/O, task, profile, precision, provenance, measurements, a digest of every file
     graph.onnx        the portable graph; INT8 is in it as Q/DQ nodes, so any backend can be given it
     labels.txt        where the task has labels
-    profile.json      the device profile it was built for, run as it was measured to be fastest
+    profile.json      the device profile it was built for
     golden.npz        a few requests, on which an engine compiled later is compared with the graph
     report.json       the figures; report.md says them to a person
     engine.*          where a backend has one: a cache entry that can be rebuilt from the graph
@@ -35,7 +35,15 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from edge_sdk.errors import PackageError, ProfileError, RequestError, SpecError
-from edge_sdk.profiles import DeviceProfile, Machine, Precision, fitting_conditions, lacking_cpu_flags, load_profile
+from edge_sdk.profiles import (
+    DeviceProfile,
+    Machine,
+    OnnxRuntimeOptions,
+    Precision,
+    fitting_conditions,
+    lacking_cpu_flags,
+    load_profile,
+)
 from edge_sdk.sequence import SequenceRules
 from edge_sdk.spec import NAME, Axis, Postprocess, Preprocess, TaskName, fixed_sizes
 from edge_sdk.tensors import Array, Feeds, TensorSpec, check_feeds, element_count
@@ -119,6 +127,27 @@ class BatchingRecord(Record):
         return self
 
 
+class WayRecord(Record):
+    """A way in which onnxruntime may run the graph, and what it cost where it was tried, at batch 1."""
+
+    intra_op_threads: int
+    spinning: bool
+    latency_ms: float = Field(gt=0)
+    """The median."""
+    cpu_ms: float
+    """Processor time of one inference, of all threads, at half load."""
+
+
+class RunningRecord(Record):
+    """How onnxruntime runs the graph best, as the build found out; it holds for the same kind of processor alone."""
+
+    intra_op_threads: int = Field(ge=1)
+    spinning: bool
+    processor: str
+    """Where it was measured, as `profiles.processor` says."""
+    tried: tuple[WayRecord, ...] = ()
+
+
 class EngineRecord(Record):
     """A compiled engine that lies in the package, and what it took to build it."""
 
@@ -164,6 +193,8 @@ class Manifest(Record):
     architecture: str
     precision: Precision
     batching: BatchingRecord
+    running: RunningRecord | None = None
+    """None where it was not measured: then, as on any other processor, the profile's options count."""
     axes: Mapping[str, Axis] = {}
     """Free axes beside the batch, and the sizes a compiled engine takes along them."""
     sequence: SequenceRules | None = None
@@ -310,7 +341,7 @@ class EnginePackage:
         )
 
     def profile(self) -> DeviceProfile:
-        """The device profile it was built for, with the options it was measured to run fastest with.
+        """The device profile it was built for, with the options for TensorRT that were measured to be fastest.
 
         A package carries it, so that it means the same wherever it is taken.
         """
@@ -322,6 +353,14 @@ class EnginePackage:
             raise PackageError(
                 f"{self.path / PROFILE}: {describe(exc)}.", fix="Build the package again with this edge-sdk."
             ) from exc
+
+    def onnxruntime_options(self, profile: DeviceProfile, here: str) -> OnnxRuntimeOptions:
+        """How onnxruntime is to run the graph on the processor `here`: as measured, if that was on such a one."""
+        running = self.manifest.running
+        if running is None or running.processor != here:
+            return profile.onnxruntime
+        measured = {"intra_op_threads": running.intra_op_threads, "spinning": running.spinning}
+        return profile.onnxruntime.model_copy(update=measured)
 
     def mismatches(self, machine: Machine) -> tuple[str, ...]:
         """Every reason why the package cannot be used on `machine`; empty if it can. Backends are not asked here.

@@ -69,7 +69,7 @@ class OnnxRuntimeOptions(Table):
     """0: one for each physical core the process may use."""
     spinning: bool = False
     """Threads wait for work by spinning: faster alone, costly when the device also does something else. A build on the
-    device itself measures both, and one thread alone, and packs what earned its place."""
+    device itself measures it, and numbers of threads, and packs what earned its place."""
     graph_optimization: Literal["none", "basic", "extended", "all"] = "all"
 
 
@@ -257,6 +257,18 @@ def physical_cores() -> int:
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     siblings = {_text(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") or str(n) for n in allowed}
     return max(1, len(siblings))
+
+
+def processor() -> str:
+    """The kind of processor and how many of its cores this process may use: what a measurement of threads holds for.
+
+    `Intel(R) Core(TM) i5-8250U CPU @ 1.60GHz, 4 cores`
+    """
+    cpuinfo = _text("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    parts = sorted(set(re.findall(r"^CPU (?:implementer|part)\s*:\s*(\S+)$", cpuinfo, re.MULTILINE)))
+    kind = named[1].strip() if named else " ".join(parts) or platform.machine()
+    return f"{kind}, {physical_cores()} cores"
 
 
 def _memory_bytes() -> int:

@@ -322,8 +322,6 @@ def test_a_package_carries_its_profile(tmp_path: Path) -> None:
     model.write_bytes(scaling().SerializeToString())
     built = build_engine(model, profile=mine, output=tmp_path / "package")
 
-    carried = EnginePackage.open(built.path).profile()
-    assert mine == carried.model_copy(update={"onnxruntime": mine.onnxruntime})
-    assert carried.onnxruntime.intra_op_threads in {0, 1}  # whichever was faster here
+    assert mine == EnginePackage.open(built.path).profile()
     with load_engine(built) as engine:
         assert ["x"] == [spec.name for spec in engine.inputs]

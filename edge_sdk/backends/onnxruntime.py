@@ -1,8 +1,10 @@
 """The onnxruntime backend: any graph, on the CPU, anywhere.
 
 It compiles nothing ahead of time: the portable graph is what it loads, Q/DQ nodes fused into integer kernels as the
-session is made. Threads, spinning and graph optimisation come from the profile. `infer` with `out` runs over a kept
-binding as long as it is given the same arrays, so a serving loop neither allocates nor re-binds.
+session is made. Graph optimisation comes from the profile; so do threads and spinning, unless the package was built on
+a processor like this one and says what was best there. Nothing is measured when it is loaded: that would take seconds
+of a device that is about to serve. `infer` with `out` runs over a kept binding as long as it is given the same arrays,
+so a serving loop neither allocates nor re-binds.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from edge_sdk.backends.base import Availability, EngineOrder, Progress, installe
 from edge_sdk.backends.onnx_bytes import refuse_external_data
 from edge_sdk.errors import BackendUnavailable, EngineFailed, OutOfMemory
 from edge_sdk.package import GRAPH, EnginePackage
-from edge_sdk.profiles import DeviceProfile, physical_cores
+from edge_sdk.profiles import DeviceProfile, physical_cores, processor
 from edge_sdk.tensors import Array, Outputs, TensorSpec
 
 _INSTALL = "Install it: pip install 'edge-sdk[cpu]'."
@@ -53,7 +55,8 @@ class OnnxRuntimeBackend:
         return None
 
     def load(self, package: EnginePackage, profile: DeviceProfile) -> OnnxRuntimeEngine:
-        return self.load_graph(package.read(GRAPH), profile)
+        options = package.onnxruntime_options(profile, processor())
+        return self.load_graph(package.read(GRAPH), profile.model_copy(update={"onnxruntime": options}))
 
     def load_graph(self, graph: bytes, profile: DeviceProfile) -> OnnxRuntimeEngine:
         refuse_external_data(graph)

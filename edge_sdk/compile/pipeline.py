@@ -12,11 +12,12 @@ them, and the one that the device is to use compiles its engine, if it loads any
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -42,6 +43,7 @@ from edge_sdk.compile.order import (
     tools,
 )
 from edge_sdk.compile.report import write_reports
+from edge_sdk.compile.running import Speed, speeds_of
 from edge_sdk.compile.verify import (
     Accuracy,
     Progress,
@@ -50,8 +52,6 @@ from edge_sdk.compile.verify import (
     judge,
     no_progress,
     same_answers,
-    throughput,
-    time_engines,
 )
 from edge_sdk.errors import DataError, EngineFailed, ModelError, OutOfMemory
 from edge_sdk.package import (
@@ -66,18 +66,17 @@ from edge_sdk.package import (
     Figures,
     Manifest,
     Measurements,
+    RunningRecord,
     SourceRecord,
     seal,
     writing,
 )
-from edge_sdk.profiles import DeviceProfile, physical_cores
+from edge_sdk.profiles import DeviceProfile
 from edge_sdk.spec import Axis, EngineSpec, Validation
 from edge_sdk.tensors import MAX_ELEMENTS, Feeds, TensorSpec, zeros
 
 _WORTH_IT = 1.02
 """How many times faster than FP32 a lower precision must be: less than that is noise."""
-_WORTH_THREADS = 1.15
-"""How many times faster a way to run a graph must be than a more frugal one."""
 _SAME_ANSWER_DB = 40.0
 """How closely the modern graph must answer as the file does: well above what FP16's own rounding leaves."""
 _PROBES = 3
@@ -186,7 +185,7 @@ def _make(order: Order, ingredients: Ingredients) -> EnginePackage:
         (folder / GRAPH).write_bytes(verdict.chosen.graph)
         if ingredients.labels:
             (folder / LABELS).write_text("\n".join(ingredients.labels) + "\n", encoding="utf-8")
-        (folder / PROFILE).write_text(verdict.profile.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (folder / PROFILE).write_text(order.profile.model_dump_json(indent=2) + "\n", encoding="utf-8")
         if golden is not None and golden.requests:
             (folder / GOLDEN).write_bytes(golden.packed())
         manifest = _manifest(order, ingredients, verdict)
@@ -273,9 +272,9 @@ class _Trial:
     samples: int
     theirs: Figures
     ours: Figures
-    their_profile: DeviceProfile
-    our_profile: DeviceProfile
-    """The order's, with the options that were measured to be fastest."""
+    their_running: RunningRecord | None
+    our_running: RunningRecord | None
+    """How each is run best here; None where that was not measured."""
     stackable: bool
 
 
@@ -288,7 +287,7 @@ class _Verdict:
     outputs: tuple[TensorSpec, ...]
     measurements: Measurements
     batching: BatchingRecord
-    profile: DeviceProfile
+    running: RunningRecord | None
 
 
 @dataclass(frozen=True)
@@ -316,8 +315,8 @@ class _Trials:
             samples=samples,
             theirs=_figures(self.baseline, speeds[0], top1),
             ours=_figures(candidate, speeds[-1], accuracy.top1_percent if accuracy else None),
-            their_profile=speeds[0].profile,
-            our_profile=speeds[-1].profile,
+            their_running=speeds[0].record,
+            our_running=speeds[-1].record,
             stackable=stackable,
         )
 
@@ -385,7 +384,7 @@ def _chosen(trials: _Trials, chosen: Candidate, trial: _Trial) -> _Verdict:
             decision=chosen.reason,
         ),
         batching=_batching(trials.order, figures, trial.stackable),
-        profile=trial.their_profile if is_baseline else trial.our_profile,
+        running=trial.their_running if is_baseline else trial.our_running,
     )
 
 
@@ -407,55 +406,26 @@ def _guesses(inputs: tuple[TensorSpec, ...]) -> list[Feeds]:
     ]
 
 
-@dataclass(frozen=True)
-class _Speed:
-    profile: DeviceProfile
-    """The options with which this was measured."""
-    latency_ms: float | None = None
-    per_second_at_batch: Mapping[int, float] = field(default_factory=dict)
-
-
-def _speeds(order: Order, candidates: Sequence[Candidate], feeds: Feeds | None) -> list[_Speed]:
+def _speeds(order: Order, candidates: Sequence[Candidate], feeds: Feeds | None) -> list[Speed]:
     """How fast each candidate is here, run in the way that does it most good; nothing where this is another device."""
     if feeds is None or not order.measurable:
-        return [_Speed(order.profile) for _ in candidates]
-    ways = _ways_to_run(order.profile)
-    order.progress("timing", 0, 1 + len(candidates))
-    with ExitStack() as stack:
-        engines = [
-            [stack.enter_context(order.loaded(candidate.graph, way)) for way in ways] for candidate in candidates
-        ]
-        latencies = iter(time_engines([engine for engines_of_one in engines for engine in engines_of_one], feeds))
-        speeds = []
-        for done, engines_of_one in enumerate(engines, start=1):
-            order.progress("timing", done, 1 + len(candidates))
-            best, *others = [(next(latencies), engine, way) for engine, way in zip(engines_of_one, ways)]
-            for other in others:
-                best = other if other[0] * _WORTH_THREADS < best[0] else best
-            latency_ms, engine, way = best
-            speeds.append(_Speed(way, latency_ms, throughput(engine, feeds, order.spec.batching.max_batch)))
-    order.progress("timing", 1 + len(candidates), 1 + len(candidates))
+        return [Speed() for _ in candidates]
+    advance = order.advance("timing", 1 + len(candidates))
+    done = itertools.count(1)
+    advance(0)
+    speeds = speeds_of(
+        [candidate.graph for candidate in candidates],
+        order.profile.onnxruntime,
+        lambda graph, way: order.loaded(graph, order.profile.model_copy(update={"onnxruntime": way})),
+        feeds,
+        max_batch=order.spec.batching.max_batch,
+        each=lambda: advance(next(done)),
+    )
+    advance(next(done))
     return speeds
 
 
-def _ways_to_run(profile: DeviceProfile) -> list[DeviceProfile]:
-    """The profile with the thread options that may be best, the most frugal first: each next has to earn its place.
-
-    A small model is slower with more threads than with one; and threads that spin while they wait for work take the
-    processor from whatever else the device does.
-    """
-    options = profile.onnxruntime
-    if options.intra_op_threads == 1 or physical_cores() == 1:
-        return [profile]
-    changes: list[dict[str, object]] = [
-        {"intra_op_threads": 1, "spinning": False},
-        {"spinning": False},
-        {"spinning": True},
-    ]
-    return [profile.model_copy(update={"onnxruntime": options.model_copy(update=change)}) for change in changes]
-
-
-def _figures(candidate: Candidate, speed: _Speed, top1: float | None) -> Figures:
+def _figures(candidate: Candidate, speed: Speed, top1: float | None) -> Figures:
     return Figures(
         precision=candidate.precision,
         bytes=len(candidate.graph),
@@ -549,6 +519,7 @@ def _manifest(order: Order, ingredients: Ingredients, verdict: _Verdict) -> Mani
         architecture=order.profile.architecture,
         precision=chosen.precision,
         batching=verdict.batching,
+        running=verdict.running,
         axes=order.spec.axes,
         sequence=spec.sequence,
         backend=BackendRecord(name=order.preferred.name, missing=order.missing),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edge_sdk.compile.inspect import ModelSummary
-from edge_sdk.package import EngineRecord, Figures, Manifest
+from edge_sdk.package import EngineRecord, Figures, Manifest, RunningRecord, WayRecord
 
 JSON_FILE = "report.json"
 MARKDOWN_FILE = "report.md"
@@ -46,9 +46,28 @@ def markdown(manifest: Manifest, source: ModelSummary, notes: Sequence[str]) -> 
     if manifest.backend.missing:
         lines.append(f"- Backend: {manifest.backend.name}. {manifest.backend.missing}")
     lines.append(f"- Batches: up to {manifest.batching.max_batch}, best {manifest.batching.best_batch}")
+    if (running := manifest.running) is not None:
+        lines += _running_lines(running)
+    elif manifest.backend.name == "onnxruntime":
+        lines.append("- Threads: the profile's, as no way to run the graph was measured on a device of its kind")
     lines.append(f"- Tools: {', '.join(f'{name} {version}' for name, version in manifest.tools.items())}")
     lines.append(f"- Built {manifest.created}; build key {manifest.build_key}")
     return "\n".join(lines) + "\n"
+
+
+def _running_lines(running: RunningRecord) -> list[str]:
+    """How the graph is run, and what the other ways were that lost."""
+    ways = "; ".join(
+        f"{_threads(way)} {way.latency_ms:.3g} ms, {way.cpu_ms:.3g} ms of processor time" for way in running.tried
+    )
+    return [
+        f"- Threads: {_threads(running)}, on {running.processor} (elsewhere the profile's)",
+        f"- Threads, tried at batch 1: {ways}",
+    ]
+
+
+def _threads(way: RunningRecord | WayRecord) -> str:
+    return f"{way.intra_op_threads}{', spinning' if way.spinning else ''}"
 
 
 def _engine_lines(backend: str, engine: EngineRecord) -> list[str]:

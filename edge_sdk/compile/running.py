@@ -1,0 +1,166 @@
+"""How a graph is run best by onnxruntime on this machine: with how many threads, and whether they spin between runs.
+
+    speeds = speeds_of([fp32, int8], options, load, feeds, max_batch=8)
+    speeds[1].record            # for the manifest; `best_batch` of `per_second_at_batch` is found with it
+
+More threads answer sooner, and cost more processor time: threads wait for one another, and those that spin do so on a
+core that the network, the decoders or another model could use. So every way to run has two measures: the median
+latency, and the processor time of one inference at half load, when the process rests as long as it computed (the rest
+counts, threads spin in it). A way takes the place of a more frugal one only if
+
+* it is `_WORTH_THREADS` times as fast or more, and
+* what it gains in time is no less than what it costs in processor time: twice as fast may cost twice as much.
+
+Why processor time decides: in a server that shares its two cores with a broker and its clients, switching spinning off
+took a tiny model from 4,424 to 7,333 requests a second at less than half the processor time, while in a bare loop
+MobileNetV2 lost 15 to 26 % by it; and the whole server with MobileNetV2 still won, 0.70 to 0.78 of the raw loop against
+0.65. Measured here with onnxruntime 1.31: a tiny model's two spinning threads take 5.2 ms of processor time for each
+inference in between rests of 5 ms, two that sleep 0.14 ms.
+
+All ways of all candidates are measured in turns within one run, some seconds altogether.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+
+from edge_sdk.backends.base import Engine
+from edge_sdk.compile.verify import throughput, time_engines
+from edge_sdk.package import RunningRecord, WayRecord
+from edge_sdk.profiles import OnnxRuntimeOptions, physical_cores, processor
+from edge_sdk.tensors import Feeds
+
+_WORTH_THREADS = 1.15
+"""How many times as fast a way to run a graph must be as a more frugal one: less than that is noise."""
+_LONGEST_REST_S = 0.005
+_SECONDS_FOR_LATENCIES = 1.2
+_SECONDS_AT_HALF_LOAD = 0.1
+_RUNS_AT_HALF_LOAD = 200
+_ROUNDS = 2
+
+Load = Callable[[bytes, OnnxRuntimeOptions], AbstractContextManager[Engine]]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a graph is, run in the best way. Nothing is known where nothing was measured."""
+
+    latency_ms: float | None = None
+    per_second_at_batch: Mapping[int, float] = field(default_factory=dict)
+    record: RunningRecord | None = None
+
+
+def speeds_of(
+    graphs: Sequence[bytes],
+    options: OnnxRuntimeOptions,
+    load: Load,
+    feeds: Feeds,
+    *,
+    max_batch: int,
+    each: Callable[[], None] = lambda: None,
+) -> list[Speed]:
+    """How fast each of `graphs` is here. `options` are the profile's; those of a way take their place.
+
+    First the numbers of threads, then for each graph the best of them beside the same one spinning.
+    """
+    with ExitStack() as stack:
+
+        def loaded(graph: bytes, options: OnnxRuntimeOptions) -> _Way:
+            return _Way(options, stack.enter_context(load(graph, options)))
+
+        ways = [[loaded(graph, way) for way in ways_to_run(options)] for graph in graphs]
+        measures = _measured(ways, feeds)
+        tried = [list(each_of) for each_of in measures]
+        best = [_best(*both) for both in zip(ways, measures)]
+        if any(way.options.intra_op_threads > 1 for way, _ in best):
+            ways = [
+                [way, *(loaded(graph, spinning) for spinning in _spinning(way.options))]
+                for graph, (way, _) in zip(graphs, best)
+            ]
+            measures = _measured(ways, feeds)
+            tried = [[*before, *after[1:]] for before, after in zip(tried, measures)]
+            best = [_best(*both) for both in zip(ways, measures)]
+        speeds = []
+        for (way, measure), others in zip(best, tried):
+            rates = throughput(way.engine, feeds, max_batch)
+            record = RunningRecord(
+                intra_op_threads=measure.intra_op_threads,
+                spinning=measure.spinning,
+                processor=processor(),
+                tried=tuple(others),
+            )
+            speeds.append(Speed(measure.latency_ms, rates, record))
+            each()
+    return speeds
+
+
+@dataclass(frozen=True)
+class _Way:
+    options: OnnxRuntimeOptions
+    engine: Engine
+
+
+def _best(ways: Sequence[_Way], measures: Sequence[WayRecord]) -> tuple[_Way, WayRecord]:
+    measure = best_way(measures)
+    return ways[measures.index(measure)], measure
+
+
+def _spinning(options: OnnxRuntimeOptions) -> list[OnnxRuntimeOptions]:
+    """The same, spinning; a single thread has none to wait for."""
+    return [options.model_copy(update={"spinning": True})] if options.intra_op_threads > 1 else []
+
+
+def ways_to_run(options: OnnxRuntimeOptions, cores: int = 0) -> list[OnnxRuntimeOptions]:
+    """One thread, two, four... and one for each of `cores` (0: of this machine), the most frugal first."""
+    cores = cores or physical_cores()
+    most = min(options.intra_op_threads or cores, cores)
+    counts = sorted({most, *(1 << power for power in range(most.bit_length()) if 1 << power < most)})
+    return [options.model_copy(update={"intra_op_threads": count, "spinning": False}) for count in counts]
+
+
+def best_way(ways: Sequence[WayRecord]) -> WayRecord:
+    """The one to use of `ways`, the most frugal of which is the first; see the module for the rule."""
+    best, *others = ways
+    for other in others:
+        gain = best.latency_ms / other.latency_ms
+        if gain >= _WORTH_THREADS and gain >= other.cpu_ms / max(best.cpu_ms, 1e-6):
+            best = other
+    return best
+
+
+def _measured(candidates: Sequence[Sequence[_Way]], feeds: Feeds) -> list[tuple[WayRecord, ...]]:
+    """The measures of each candidate's ways, all of them taken in turns."""
+    engines = [way.engine for ways in candidates for way in ways]
+    latencies = time_engines(engines, feeds, seconds=_SECONDS_FOR_LATENCIES)
+    costs: list[list[float]] = [[] for _ in engines]
+    for _ in range(_ROUNDS):
+        for engine, latency_ms, cost in zip(engines, latencies, costs):
+            cost.append(_cpu_ms_at_half_load(engine, feeds, latency_ms))
+    figures = iter(zip(latencies, map(min, costs)))  # whatever else the process did is no cost of an inference
+    return [tuple(_record(way.options, *next(figures)) for way in ways) for ways in candidates]
+
+
+def _record(options: OnnxRuntimeOptions, latency_ms: float, cpu_ms: float) -> WayRecord:
+    return WayRecord(
+        intra_op_threads=options.intra_op_threads,
+        spinning=options.spinning,
+        latency_ms=latency_ms,
+        cpu_ms=round(cpu_ms, 4),
+    )
+
+
+def _cpu_ms_at_half_load(engine: Engine, feeds: Feeds, latency_ms: float) -> float:
+    """Processor time of one inference, all threads of the process together, with a rest behind each."""
+    rest_s = min(latency_ms / 1e3, _LONGEST_REST_S)
+    engine.infer(feeds)
+    time.sleep(_LONGEST_REST_S)  # threads of the engine before this one may still spin
+    runs = 0
+    began, until = time.process_time(), time.perf_counter() + _SECONDS_AT_HALF_LOAD
+    while not runs or (time.perf_counter() < until and runs < _RUNS_AT_HALF_LOAD):
+        engine.infer(feeds)
+        time.sleep(rest_s)
+        runs += 1
+    return (time.process_time() - began) / runs * 1e3
