@@ -28,7 +28,7 @@ from edge_sdk.mqtt.topics import Topics
 from edge_sdk.mqtt.transports.base import Received
 from edge_sdk.runtime.messages import Answer, Request
 from edge_sdk.runtime.service import Service
-from edge_sdk.tasks.base import Payload
+from edge_sdk.tasks.base import Payload, SequencePart
 from edge_sdk.tasks.oip import encode_request
 from edge_sdk.tensors import zeros
 
@@ -152,7 +152,8 @@ class Control:
             if (package := model.package) is None:
                 test.found[name] = {"ok": False, "error": model.reason or f"It is {model.state}."}
                 continue
-            body = encode_request(zeros(package.manifest.inputs))
+            body = encode_request(zeros(package.manifest.asked))
+            alone = SequencePart("selftest", start=True, end=True) if package.manifest.sequence is not None else None
             own = next(self._tickets)
             test.open[own] = name
             self._service.submit(
@@ -160,7 +161,7 @@ class Control:
                     ticket=own,
                     model=model.model,
                     version=model.version,
-                    payload=Payload(body.data, body.content_type, body.header_length),
+                    payload=Payload(body.data, body.content_type, body.header_length, sequence=alone),
                     received=now,
                     deadline=test.until,
                     client="selftest",

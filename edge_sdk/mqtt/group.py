@@ -71,7 +71,7 @@ class Membership:
             subscriptions=dict.fromkeys(self._filters, qos),
             too_large=too_large,
             numbers=numbers,
-            on_connected=on_change,
+            on_connected=lambda: None,  # that is half of it: the subscription is the other
             on_trouble=on_change,
         )
         self._link.rest()
@@ -90,7 +90,7 @@ class Membership:
 
     @property
     def state(self) -> State:
-        if self._state == "joining" and self._link.is_connected:
+        if self._state == "joining" and self._link.is_listening:
             return "joined"
         return self._state
 
@@ -147,6 +147,8 @@ class Membership:
             if self._link.refused and self._state == "joining":
                 code = next(iter(self._link.refused.values()))
                 self._stay_away(f"the broker refused the shared subscription (reason {code:#04x})")
+            elif isinstance(event, Subscribed):
+                self._on_change()
 
     def perform(self) -> None:
         """Do what the session says, send it, and see how far leaving is."""
@@ -164,9 +166,8 @@ class Membership:
         """Begin to leave. It is done once `has_left`."""
         if self._state in ("leaving", "left"):
             return
-        was_joined = self.state == "joined"
         self._state = "leaving"
-        if was_joined:
+        if self._link.is_connected:
             self._say_farewell()
         else:
             self._end()

@@ -97,6 +97,11 @@ class Link:
         return self._reconnection.is_connected
 
     @property
+    def is_listening(self) -> bool:
+        """Whether the broker has granted everything that we want to read."""
+        return self.is_connected and not self._asked and not self.refused
+
+    @property
     def may_retain(self) -> bool:
         return self._limits.retain_available
 

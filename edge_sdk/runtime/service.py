@@ -307,8 +307,10 @@ class Service:
         if not wanted:
             log.warning("There is no package in %s; `edge-sdk build-engine` makes one.", self._engines.absolute())
         for model in gone:
-            why = "was unloaded" if model.key in self._unloaded else "is gone from the folder, or comes back"
-            log.info("%s %s %s.", model.model, model.version, why)
+            if model.is_retired:  # the place of one that had been unloaded
+                continue
+            why = "was unloaded" if model.key in self._unloaded else "is gone from the folder"
+            log.info("%s %s %s; it is retired.", model.model, model.version, why)
             self._successions.cancel(model)
             model.retire()
         self._on_change()

@@ -20,7 +20,8 @@ from edge_sdk.mqtt.transports.base import Message, Properties
 from tests.brokers import Broker, eventually
 from tests.daemon.processes import DaemonProcess, running_daemon
 from tests.daemon.test_requests import Wire
-from tests.packages import make_package, misbehaving, scaling
+from tests.packages import make_package, misbehaving, scaling, stateful
+from tests.runtime.test_sequences import RULES
 
 COMMANDED = "commanded"
 ROW = np.ones((1, 4), np.float32)
@@ -28,15 +29,17 @@ ROW = np.ones((1, 4), np.float32)
 
 @pytest.fixture(scope="module")
 def commanded(broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
-    """A device that obeys: `double` in two versions, of which the newer triples, `other`, and `slow`."""
+    """A device that obeys: `double` in two versions, of which the newer triples, `other`, `slow`, and `sums`, which has
+    a state."""
     home = tmp_path_factory.mktemp("commanded")
     make_package(home / "engines" / "old", scaling(2.0), name="double", version="1")
     make_package(home / "engines" / "new", scaling(3.0), name="double", version="2")
     make_package(home / "engines" / "other", scaling(5.0), name="other")
+    make_package(home / "engines" / "sums", stateful(), name="sums", sequence=RULES)
     slow = misbehaving([{"do": "sleep", "seconds": 0.5}])
     make_package(home / "engines" / "slow", slow, name="slow", backend="reference", max_batch=1)
     with running_daemon(
-        home / "engines", broker.url, home, ready=["double", "other", "slow"], device=COMMANDED,
+        home / "engines", broker.url, home, ready=["double", "other", "slow", "sums"], device=COMMANDED,
         commands__enabled="true", groups="hall",
     ) as daemon:  # fmt: skip
         yield daemon
@@ -76,7 +79,7 @@ def test_a_self_test_asks_every_model(client: Client) -> None:
     """One real inference each, of every version, with the time that it took."""
     found = client.command("selftest")["models"]
 
-    assert {"double/1", "double/2", "other/1", "slow/1"} == set(found)
+    assert {"double/1", "double/2", "other/1", "slow/1", "sums/1"} == set(found)
     assert all(result["ok"] for result in found.values())
     assert found["slow/1"]["infer_ms"] >= 500
 
@@ -155,6 +158,25 @@ def test_a_drained_device_finishes_and_takes_no_more(client: Client, broker: Bro
     assert "draining" not in client.command("info")
     assert 3.0 == factor(client)
     assert 3.0 == factor(client, group="hall")
+
+
+def test_what_comes_to_a_drained_device_is_told_so(wire: Wire, client: Client) -> None:
+    """A request that the broker handed over before it heard that the device unsubscribed gets 503, and when to come
+    back."""
+    asked = Properties(response_topic=wire.replies)
+    row = json.dumps({"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [1.0] * 4}]}).encode()
+
+    def refusal() -> Message | None:
+        wire.inbox.clear()
+        wire.transport.publish(command("drain", b""))
+        wire.transport.publish(Message(f"edge/v1/{COMMANDED}/models/other/infer", row, properties=asked))
+        wire.silent_for(0.2)
+        client.command("resume")
+        return next((message for message in wire.inbox if message.topic == wire.replies), None)
+
+    refused = eventually(refusal, "a request that overtook the UNSUBSCRIBE")
+
+    assert ("503", "5000") == tuple(refused.properties.user_value(key) for key in ("status", "retry-after"))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from edge_sdk.errors import BrokerError, EdgeSdkError, NoAnswer, QueueFull
 from edge_sdk.mqtt.pending import FIRST_RESEND_S, SETTLE_S, Fail, PendingRequest, PendingRequests, Send
+from edge_sdk.mqtt.transports.base import NO_MATCHING_SUBSCRIBERS
 
 
 def table(window: int = 64, **more: object) -> PendingRequests:
@@ -158,6 +159,32 @@ def test_a_known_device_is_waited_for() -> None:
 
     assert [] == failed
     assert [request] == sent
+
+
+def test_a_group_that_had_members_is_waited_for() -> None:
+    """Who is in a group only the broker knows: a group where nobody ever was fails fast, one whose members were all
+    killed has the patience of a device that was online."""
+    pending = table(wait_for_device_s=10)
+
+    def patience(now: float) -> float:
+        pending.add(None, "m", deadline=now + 60, now=now, group="g")
+        for tenth in range(600):
+            sent, failed = perform(pending, now + tenth / 10)
+            for each in sent:
+                pending.acknowledged(each.key, NO_MATCHING_SUBSCRIBERS, now + tenth / 10)
+            if failed:
+                assert "Nobody in group 'g'" in str(failed[0])
+                return tenth / 10
+        raise AssertionError("it never fails")
+
+    stranger = patience(0)
+    answered = pending.add(None, "m", deadline=130, now=100, group="g")
+    perform(pending, 100)
+    pending.acknowledged(answered.key, 0, 100)
+    pending.answered(answered.key)
+
+    assert stranger < 1
+    assert 10 <= patience(200) < 11
 
 
 def test_without_knowledge_of_listeners_availability_decides() -> None:
