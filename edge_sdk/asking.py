@@ -6,23 +6,27 @@ of the daemon would get.
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from edge_sdk import console
 from edge_sdk.bench import BenchResult, device_figures, drive, in_process
-from edge_sdk.errors import NoAnswer
+from edge_sdk.errors import DataError, NoAnswer, RequestError
 from edge_sdk.package import EnginePackage
 from edge_sdk.settings import Settings
-from edge_sdk.tasks.base import Payload
+from edge_sdk.tasks.base import NPY, Payload, SequencePart
+from edge_sdk.tasks.npy import decode_npy, encode_npy
 from edge_sdk.tasks.oip import OipResponse, decode_response, encode_request, to_list
 from edge_sdk.tensors import DTYPE_FROM_OIP, OIP_FROM_DTYPE, Array, TensorSpec, dtype_name, zeros
 
 if TYPE_CHECKING:
-    from edge_sdk.mqtt.client import Client
+    from edge_sdk.mqtt.client import Answer, Client
 
 _SHOWN = 8
 _DEVICE_S = 2.0
@@ -72,17 +76,31 @@ class Answered:
         return "\n".join(lines)
 
 
-def ask_package(package: Path, data: bytes, *, timeout_s: float) -> Answered:
-    """The answer of the package in that directory to a payload whose type its bytes tell; raises RequestErrors."""
+def ask_package(package: Path, data: bytes, *, timeout_s: float, sequence: bool = False) -> Answered:
+    """The answer of the package in that directory to a payload whose type its bytes tell; raises RequestErrors.
+
+    With `sequence`, the rows of an .npy array are one sequence of a stateful model, and the answer has a row for each.
+    """
     opened = EnginePackage.open(package)
     with in_process(opened) as submit:
-        try:
-            body = submit(Payload(data)).result(timeout_s)
-        except FutureTimeoutError as exc:
-            raise NoAnswer(f"{opened} gave no answer within {timeout_s:g} s.", fix="Give more with --timeout.") from exc
-    response: OipResponse = decode_response(body.data, body.header_length)
-    predictions = response.extra.get("predictions", [])
-    return Answered(opened.name, opened.version, response.outputs, predictions)
+
+        def ask(payload: Payload) -> Answered:
+            try:
+                body = submit(payload).result(timeout_s)
+            except FutureTimeoutError as exc:
+                why = f"{opened} gave no answer within {timeout_s:g} s."
+                raise NoAnswer(why, fix="Give more with --timeout.") from exc
+            response: OipResponse = decode_response(body.data, body.header_length)
+            return Answered(opened.name, opened.version, response.outputs, response.extra.get("predictions", []))
+
+        if not sequence:
+            return ask(Payload(data))
+        return _one_after_the_other(
+            [
+                ask(Payload(encode_npy(row), NPY, sequence=SequencePart("rows", start=not step, step=step)))
+                for step, row in enumerate(_rows(data))
+            ]
+        )
 
 
 def ask_device(
@@ -94,13 +112,38 @@ def ask_device(
     device: str | None,
     timeout_s: float,
     group: str | None = None,
+    sequence: bool = False,
 ) -> Answered:
     """The answer of a device, or of whichever of a group gets the request; raises RequestErrors for its errors,
-    NoAnswer, BrokerError, SettingsError."""
+    NoAnswer, BrokerError, SettingsError. `sequence` as in `ask_package`."""
+
+    def answered(answer: Answer) -> Answered:
+        predictions = [asdict(prediction) for prediction in answer.predictions]
+        return Answered(model, answer.model_version, answer.outputs, predictions, answer.device)
+
     with _client(settings, device, client_id, timeout_s=timeout_s) as client:
-        answer = client.infer(model, data, group=group)
-    predictions = [asdict(prediction) for prediction in answer.predictions]
-    return Answered(model, answer.model_version, answer.outputs, predictions, answer.device)
+        if not sequence:
+            return answered(client.infer(model, data, group=group))
+        with client.sequence(model) as open_sequence:
+            return _one_after_the_other([answered(open_sequence.infer(row)) for row in _rows(data)])
+
+
+def _rows(data: bytes) -> Array:
+    """An .npy array to be sent row by row; DataError if it is none, or empty."""
+    try:
+        rows = decode_npy(data)
+    except RequestError as exc:
+        raise DataError(f"The rows of a sequence come as one .npy array. {exc.problem}") from exc
+    if not rows.ndim or not len(rows):
+        raise DataError(f"The .npy array of shape {list(rows.shape)} has no rows to send.")
+    return rows
+
+
+def _one_after_the_other(answers: list[Answered]) -> Answered:
+    """The answers to the rows of a sequence as one."""
+    names = answers[0].outputs
+    outputs = {name: np.concatenate([np.atleast_1d(each.outputs[name]) for each in answers]) for name in names}
+    return replace(answers[-1], outputs=outputs)
 
 
 def command_device(
@@ -123,7 +166,7 @@ def bench_package(package: Path, data: bytes | None, *, concurrency: int, second
     if data is not None:
         payload = Payload(data)
     else:
-        body = encode_request(zeros(opened.manifest.inputs))
+        body = encode_request(zeros(opened.manifest.asked))
         payload = Payload(body.data, body.content_type, body.header_length)
     with in_process(opened) as submit:
         result = drive(lambda: submit(payload), concurrency=concurrency, seconds=seconds)
@@ -142,12 +185,13 @@ def bench_device(
 ) -> BenchResult:
     """A model over MQTT; without `data`, zeros of the shape that the model's metadata gives."""
     with _client(settings, device, client_id) as client:
-        payload: Any = data
-        if payload is None:
-            payload = zeros(_inputs(client.metadata(model)))
+        metadata = client.metadata(model)
+        payload: Any = zeros(_inputs(metadata)) if data is None else data
+        numbers = itertools.count()
 
         def submit() -> Future[Any]:
-            return client.submit(model, payload)
+            alone = SequencePart(str(next(numbers)), start=True, end=True) if "sequence" in metadata else None
+            return client.submit(model, payload, sequence=alone)
 
         return drive(submit, concurrency=concurrency, seconds=seconds)
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from edge_sdk.runtime.batching import QueueLimits
 from edge_sdk.runtime.messages import Answer, Request
 from edge_sdk.runtime.served import ServedModel
 from edge_sdk.runtime.worker import Worker
-from edge_sdk.tasks.base import Body, Payload
+from edge_sdk.tasks.base import Body, Payload, SequencePart
 from edge_sdk.tensors import Feeds, allocate
 
 Submit = Callable[[], "Future[Any]"]
@@ -156,7 +156,11 @@ def _median_ms(engine: Engine, feeds: Feeds, seconds: float, each: Callable[[], 
 
 @contextmanager
 def in_process(package: EnginePackage) -> Iterator[Callable[[Payload], Future[Body]]]:
-    """The runtime of one package, without a transport: a function from a payload to the future of its answer."""
+    """The runtime of one package, without a transport: a function from a payload to the future of its answer.
+
+    To a stateful model, a payload that names no sequence is one of its own, of a single request.
+    """
+    stateful = package.manifest.sequence is not None
     pending: dict[int, Future[Body]] = {}
     lock = threading.Lock()
     last = 0
@@ -184,6 +188,8 @@ def in_process(package: EnginePackage) -> Iterator[Callable[[Payload], Future[Bo
             last += 1
             ticket = last
             pending[ticket] = future
+        if stateful and payload.sequence is None:
+            payload = replace(payload, sequence=SequencePart(str(ticket), start=True, end=True))
         try:
             served.submit(Request(ticket, package.name, payload, now, now + _DEADLINE_S))
         except RequestError as exc:

@@ -438,6 +438,7 @@ def serve(config: Path | None, engines: Path | None, broker: str | None, device:
 @click.option("--input", "source", required=True, metavar="FILE|-", help="An image, .npy or JSON; - reads stdin.")
 @click.option("--local", type=click.Path(path_type=Path), metavar="PACKAGE", help="Ask this package, without a broker.")
 @click.option("--timeout", default=30.0, show_default=True, help="Seconds to wait for the answer, all in all.")
+@click.option("--sequence", is_flag=True, help="Send the rows of an .npy array as a sequence of a stateful model.")
 @click.option("--group", metavar="NAME", help="Ask whichever device of this group gets the request.")
 @_with_device
 @_with_broker
@@ -447,6 +448,7 @@ def infer(
     source: str,
     local: Path | None,
     timeout: float,
+    sequence: bool,
     group: str | None,
     config: Path | None,
     broker: str | None,
@@ -467,12 +469,21 @@ def infer(
         raise click.UsageError("Give either a MODEL to ask over MQTT, or --local PACKAGE.")
     if group is not None and (device is not None or local is not None):
         raise click.UsageError("Give one of --group, --device and --local.")
+    if group is not None and sequence:
+        raise click.UsageError("A sequence is on one device; --group may ask another one each time.")
     data = sys.stdin.buffer.read() if source == "-" else _read(Path(source))
     if local is not None:
-        answered = ask_package(local, data, timeout_s=timeout)
+        answered = ask_package(local, data, timeout_s=timeout, sequence=sequence)
     elif model is not None:
         answered = ask_device(
-            model, data, settings=_at(broker, config), client_id=client, device=device, timeout_s=timeout, group=group
+            model,
+            data,
+            settings=_at(broker, config),
+            client_id=client,
+            device=device,
+            timeout_s=timeout,
+            group=group,
+            sequence=sequence,
         )
     else:
         raise click.UsageError("Give a MODEL to ask over MQTT, or --local PACKAGE.")

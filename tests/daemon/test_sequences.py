@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from edge_sdk.cli import main
 from edge_sdk.compile.pipeline import build_engine
 from edge_sdk.errors import QueueFull, SequenceOutOfStep, SequenceUnknown
 from edge_sdk.mqtt.client import Answer, Client
@@ -91,6 +93,25 @@ def test_speech_is_found_as_it_was_expected(
         found = [voice(sequence.infer({"input": chunk[np.newaxis]})) for chunk in speech[:20]]
 
     assert np.abs(np.array(found) - expected[:20]).max() <= ROUNDED
+
+
+def test_the_command_line_sends_row_by_row(
+    listening: DaemonProcess, broker: Broker, engines: Path, speech: Array, expected: list[float], tmp_path: Path
+) -> None:
+    """`infer --sequence` and `bench`, in this process and over MQTT."""
+    recording = tmp_path / "speech.npy"
+    np.save(recording, speech[:10])
+    there, package = ["--device", DEVICE, "--broker", broker.url], str(engines / MODEL)
+    for place in ([MODEL, *there], ["--local", package]):
+        asked = CliRunner().invoke(main, ["infer", *place, "--input", str(recording), "--sequence", "--json"])
+        (output,) = json.loads(asked.stdout)["outputs"]
+
+        assert [10, 1] == output["shape"]
+        assert expected[:10] == pytest.approx(output["data"], abs=ROUNDED)
+    for place in ([MODEL, *there], [package]):
+        timed = CliRunner().invoke(main, ["bench", *place, "--seconds", "0.2", "--concurrency", "3", "--json"])
+
+        assert 0 == json.loads(timed.stdout)["errors"]
 
 
 def test_sequences_share_batches_and_nothing_else(listening: DaemonProcess, broker: Broker, speech: Array) -> None:
