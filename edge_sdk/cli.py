@@ -415,6 +415,7 @@ def serve(config: Path | None, engines: Path | None, broker: str | None, device:
       edge-sdk serve --config /etc/edge-sdk/edge-sdk.toml
     """
     from edge_sdk.daemon import Daemon
+    from edge_sdk.logs import begin_logging
     from edge_sdk.mqtt.transports.paho import PahoTransport
     from edge_sdk.settings import load_settings
 
@@ -423,10 +424,7 @@ def serve(config: Path | None, engines: Path | None, broker: str | None, device:
         return load_settings(config, overrides)
 
     settings = read()
-    under_systemd = "JOURNAL_STREAM" in os.environ  # which writes the time itself
-    form = "%(levelname)s %(message)s" if under_systemd else "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(stream=sys.stderr, format=form)
-    logging.getLogger("edge_sdk").setLevel(settings.log_level.upper())
+    begin_logging(settings.log_format, settings.log_level)
     group_transport = PahoTransport() if settings.groups else None
     code = Daemon(settings, PahoTransport(), group_transport=group_transport, reread=read).run()
     logging.shutdown()

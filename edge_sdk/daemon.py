@@ -27,6 +27,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -59,12 +60,11 @@ from edge_sdk.mqtt.transports.base import (
 )
 from edge_sdk.notify import Notifier, watchdog_interval_s
 from edge_sdk.profiles import DeviceProfile, Machine, load_profile
-from edge_sdk.runtime import host
 from edge_sdk.runtime.batching import QueueLimits
-from edge_sdk.runtime.memory import budget_for
 from edge_sdk.runtime.messages import Answer
 from edge_sdk.runtime.served import ServedModel
 from edge_sdk.runtime.service import Service
+from edge_sdk.seldom import Seldom
 from edge_sdk.settings import Settings
 from edge_sdk.tasks.base import JSON
 from edge_sdk.tasks.oip import dump_json
@@ -140,7 +140,6 @@ class Daemon:
         self._rates = _client_rates(settings)
         self._journal = _opened_journal(settings, self._session)
         self._health = _opened_health(settings)
-        host.return_large_pieces()
         machine = Machine.read()
         self._profile = _preferred_profile(settings, machine)
         self._service = Service(
@@ -156,7 +155,6 @@ class Daemon:
             on_due=self._link.wake,
             store=settings.engine_cache,
             building=settings.building.enabled,
-            budget_bytes=_memory_budget(settings, machine, self._profile),
         )
         self._control = self._new_control(tickets) if settings.commands.enabled else None
         self._routes: dict[int, tuple[Session, ReplyRoute, float]] = {}  # ticket -> where the answer goes, by when
@@ -168,16 +166,14 @@ class Daemon:
         self._announced: dict[str, bytes] = {}
         self._sensors: Sensors | None = None
         self._condition: Mapping[str, Any] = {}
-        self._moves_told = 0
         self._stats_at = 0.0
         self._alive_at = 0.0
         self._look_at = 0.0
         self._awake_until = 0.0
         self._busy_poll_s = settings.serving.busy_poll_us / 1e6
-        self._unroutable_told_at = -math.inf
         self._watchdog_s = watchdog_interval_s()
         self._ready = False
-        self._unroutable = 0
+        self._unroutable = Seldom()
         self._dropped = 0
         self._limited = 0
         self._started = time.monotonic()
@@ -296,13 +292,12 @@ class Daemon:
 
     def _note_unroutable(self, message: Message, now: float) -> None:
         """Count it, and say so at most once a minute: its sender waits for an answer that cannot come."""
-        self._unroutable += 1
-        if now - self._unroutable_told_at >= 60:
-            self._unroutable_told_at = now
+        if self._unroutable.happened(now):
+            told = message.topic[:200]
             log.warning(
                 "A message on %s was not answered: it is retained, or names a Response Topic that this device may not "
                 "write to (%s). %d of that kind so far.",
-                message.topic[:200], str(message.properties.response_topic)[:200], self._unroutable,
+                told, str(message.properties.response_topic)[:200], self._unroutable.count, extra={"topic": told},
             )  # fmt: skip
 
     def _finish_answers(self) -> None:
@@ -478,8 +473,6 @@ class Daemon:
             self._condition = self._read_condition()
             if self._certificate is not None and (warning := self._certificate.warning(time.time())):
                 log.warning("%s", warning)
-            if (moves := self._service.moves) != self._moves_told:  # retained: not at the rate at which models move
-                self._moves_told, self._changed = moves, True
             if self._link.is_connected:
                 self._link.publish(
                     Message(
@@ -497,7 +490,7 @@ class Daemon:
     def _stats(self, now: float) -> dict[str, Any]:
         mqtt = {
             **asdict(self._session.counts),
-            "unroutable": self._unroutable,
+            "unroutable": self._unroutable.count,
             "dropped": self._dropped,
             "limited": self._limited,
         }
@@ -510,13 +503,7 @@ class Daemon:
             **journal,
             **group,
             **(self._certificate.figures(time.time()) if self._certificate is not None else {}),
-            "memory_bytes": host.resident_bytes(),
-            "memory": {
-                **self._service.memory(),
-                "answer_cache_bytes": self._session.remembered_bytes,
-                "outbox_bytes": self._session.outbox_bytes,
-                "journal_bytes": self._journal.size_bytes if self._journal is not None else 0,
-            },
+            "memory_bytes": _resident_bytes(),
             "machine": self._condition,
         }
 
@@ -711,20 +698,11 @@ def _preferred_profile(settings: Settings, machine: Machine) -> DeviceProfile | 
         return None
 
 
-def _memory_budget(settings: Settings, machine: Machine, profile: DeviceProfile | None) -> int | None:
-    """What models may hold together: as the settings say, else what the machine and its control groups leave."""
-    if (budget_bytes := settings.memory.budget_bytes) is not None:
-        return budget_bytes
-    budget_bytes = budget_for(
-        profile,
-        machine_bytes=machine.memory_bytes,
-        limit_bytes=host.limit_bytes(),
-        own_bytes=host.resident_bytes(),
-    )
-    log.info(
-        "Models may hold %s bytes of memory.", f"{budget_bytes:,}" if budget_bytes is not None else "any number of"
-    )
-    return budget_bytes
+def _resident_bytes() -> int:
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 0
 
 
 _ending = threading.Lock()

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_origin
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from edge_sdk.errors import SettingsError
+from edge_sdk.logs import LogFormat
 from edge_sdk.mqtt.access import BrokerAccess
 from edge_sdk.mqtt.address import parse_url
 from edge_sdk.mqtt.negotiation import ProtocolSetting
@@ -123,12 +124,6 @@ class Commands(Table):
     """Whether the device obeys what is published on its command topics. The broker must say who may."""
 
 
-class Memory(Table):
-    budget_bytes: int | None = Field(default=None, gt=0)
-    """What all models together may hold; None: the share that the device profile gives them of what there is. Where
-    more models are served than fit, those used longest ago make room and come back when they are asked."""
-
-
 class Settings(Table):
     """Everything `edge-sdk serve` can be told."""
 
@@ -151,12 +146,13 @@ class Settings(Table):
     """Further topic prefixes a Response Topic may begin with, beside `<root>/reply/`."""
     stats_interval_s: float = Field(default=10.0, gt=0)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: LogFormat = "text"
+    """`json`: one object a line, for what collects logs."""
     broker: Broker = Broker()
     limits: Limits = Limits()
     serving: Serving = Serving()
     building: Building = Building()
     commands: Commands = Commands()
-    memory: Memory = Memory()
 
     @field_validator("reply_prefixes")
     @classmethod

@@ -15,7 +15,6 @@ there is no connection, the reason is told. One thread owns a link; only `wake` 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
@@ -40,6 +39,7 @@ from edge_sdk.mqtt.transports.base import (
     Transport,
 )
 from edge_sdk.mqtt.transports.packets import publish_size
+from edge_sdk.seldom import Seldom
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Link:
         self._write_down = write_down
         self._limits = BrokerLimits()
         self._client_id = self._broker = ""
-        self._unpublished_told_at = -math.inf
+        self._unpublished = Seldom()
 
     @property
     def is_connected(self) -> bool:
@@ -248,7 +248,5 @@ class Link:
         self._on_trouble()
 
     def _tell_unpublished(self, topic: str, exc: TooLarge) -> None:
-        """At most once a minute."""
-        if (now := time.monotonic()) - self._unpublished_told_at >= 60:
-            self._unpublished_told_at = now
-            log.error("%s was not published: %s", topic, exc)
+        if self._unpublished.happened(time.monotonic()):
+            log.error("%s was not published: %s", topic, exc, extra={"topic": topic, "code": exc.code})

@@ -37,6 +37,7 @@ from edge_sdk.runtime.batching import pack, pack_alike
 from edge_sdk.runtime.lanes import Lane, LooseLane, lanes_of
 from edge_sdk.runtime.messages import Answer, Request, Timing
 from edge_sdk.runtime.sequences import Sequences, rounds
+from edge_sdk.seldom import Seldom
 from edge_sdk.tasks.base import Body, Decoded, Task
 from edge_sdk.tasks.oip import encode_response
 from edge_sdk.tasks.registry import task_of
@@ -44,7 +45,6 @@ from edge_sdk.tensors import Feeds, Outputs, sizes_vary
 
 log = logging.getLogger(__name__)
 
-_TELL_EVERY_S = 60.0
 _NONE: Mapping[int, Decoded | RequestError] = {}
 
 Group = Sequence[tuple[Request, Decoded]]
@@ -97,8 +97,8 @@ class Worker:
         self._clock = clock
         self._lanes = lanes_of(loaded.engine, self.max_rows)  # the free ones; the last is taken first
         self._flights: deque[_Flight] = deque()  # those in use, in the order in which they were started
-        self._failures = 0
-        self._tell_again_at = float("-inf")
+        self._failures = Seldom()
+        self._defects = Seldom()
 
     @classmethod
     def load(
@@ -172,7 +172,11 @@ class Worker:
         except RequestError as exc:
             return exc
         except Exception:
-            log.exception("A defect of edge-sdk: decoding %r failed.", request)
+            if self._defects.happened(self._clock()):
+                log.exception(
+                    "A defect of edge-sdk: decoding %r failed (%d so far).",
+                    request, self._defects.count, extra=self._about(request),
+                )  # fmt: skip
             return InferenceFailed("The request could not be decoded; the device's log has the reason.")
         if self._sizes_vary and self.max_rows == 1:
             return replace(decoded, rows=0)  # its first axis may be no batch at all, only of a size that varies too
@@ -270,7 +274,7 @@ class Worker:
         except Exception as exc:
             if len(group) > 1:
                 return [answer for one in group for answer in self._alone(flight, one)]
-            self._tell(exc)
+            self._tell(exc, group[0][0])
             if self.sequences is not None:
                 self.sequences.let_go(*group[0])
             return [self._answer(request, _as_request_error(exc)) for request, _ in group]
@@ -332,23 +336,30 @@ class Worker:
         except RequestError as exc:
             return exc
         except Exception:
-            log.exception("A defect of edge-sdk: an answer of %s could not be phrased.", self.package.name)
+            if self._defects.happened(self._clock()):
+                log.exception(
+                    "A defect of edge-sdk: an answer of %s could not be phrased (%d so far).",
+                    self.package.name, self._defects.count, extra=self._about(),
+                )  # fmt: skip
             return InferenceFailed("The answer could not be phrased; the device's log has the reason.")
 
-    def _tell(self, exc: Exception) -> None:
+    def _tell(self, exc: Exception, request: Request) -> None:
         """Log a failure, and others like it within a minute as a number: they come at the rate a client sends."""
-        self._failures += 1
-        now = self._clock()
-        if now < self._tell_again_at:
+        if not self._failures.happened(self._clock()):
             return
-        self._tell_again_at = now + _TELL_EVERY_S
+        name, count = self.package.name, self._failures.count
+        about = {**self._about(request), "code": _as_request_error(exc).code}
         if isinstance(exc, EdgeSdkError):
-            log.warning("%s failed on a request: %s (%d so far.)", self.package.name, exc, self._failures)
+            log.warning("%s failed on a request: %s (%d so far.)", name, exc, count, extra=about)
         else:
             log.error(
-                "A defect of edge-sdk: %s could not be asked (%d times so far).",
-                self.package.name, self._failures, exc_info=exc,
-            )  # fmt: skip
+                "A defect of edge-sdk: %s could not be asked (%d times so far).", name, count, exc_info=exc, extra=about
+            )
+
+    def _about(self, request: Request | None = None) -> dict[str, object]:
+        """What a line of the log is about, for those who search it."""
+        about: dict[str, object] = {"model": self.package.name, "version": self.package.version}
+        return about if request is None else {**about, "ticket": request.ticket, "client": request.client or None}
 
     def _answer(self, request: Request, result: Body | RequestError, timing: Timing | None = None) -> Answer:
         return Answer(request.ticket, result, self.package.version, timing)
