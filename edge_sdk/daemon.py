@@ -27,7 +27,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +59,9 @@ from edge_sdk.mqtt.transports.base import (
 )
 from edge_sdk.notify import Notifier, watchdog_interval_s
 from edge_sdk.profiles import DeviceProfile, Machine, load_profile
+from edge_sdk.runtime import host
 from edge_sdk.runtime.batching import QueueLimits
+from edge_sdk.runtime.memory import budget_for
 from edge_sdk.runtime.messages import Answer
 from edge_sdk.runtime.served import ServedModel
 from edge_sdk.runtime.service import Service
@@ -140,6 +141,7 @@ class Daemon:
         self._rates = _client_rates(settings)
         self._journal = _opened_journal(settings, self._session)
         self._health = _opened_health(settings)
+        host.return_large_pieces()
         machine = Machine.read()
         self._profile = _preferred_profile(settings, machine)
         self._service = Service(
@@ -155,6 +157,7 @@ class Daemon:
             on_due=self._link.wake,
             store=settings.engine_cache,
             building=settings.building.enabled,
+            budget_bytes=_memory_budget(settings, machine, self._profile),
         )
         self._control = self._new_control(tickets) if settings.commands.enabled else None
         self._routes: dict[int, tuple[Session, ReplyRoute, float]] = {}  # ticket -> where the answer goes, by when
@@ -166,6 +169,7 @@ class Daemon:
         self._announced: dict[str, bytes] = {}
         self._sensors: Sensors | None = None
         self._condition: Mapping[str, Any] = {}
+        self._moves_told = 0
         self._stats_at = 0.0
         self._alive_at = 0.0
         self._look_at = 0.0
@@ -473,6 +477,8 @@ class Daemon:
             self._condition = self._read_condition()
             if self._certificate is not None and (warning := self._certificate.warning(time.time())):
                 log.warning("%s", warning)
+            if (moves := self._service.moves) != self._moves_told:  # retained: not at the rate at which models move
+                self._moves_told, self._changed = moves, True
             if self._link.is_connected:
                 self._link.publish(
                     Message(
@@ -503,7 +509,13 @@ class Daemon:
             **journal,
             **group,
             **(self._certificate.figures(time.time()) if self._certificate is not None else {}),
-            "memory_bytes": _resident_bytes(),
+            "memory_bytes": host.resident_bytes(),
+            "memory": {
+                **self._service.memory(),
+                "answer_cache_bytes": self._session.remembered_bytes,
+                "outbox_bytes": self._session.outbox_bytes,
+                "journal_bytes": self._journal.size_bytes if self._journal is not None else 0,
+            },
             "machine": self._condition,
         }
 
@@ -698,11 +710,20 @@ def _preferred_profile(settings: Settings, machine: Machine) -> DeviceProfile | 
         return None
 
 
-def _resident_bytes() -> int:
-    try:
-        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError, ValueError):
-        return 0
+def _memory_budget(settings: Settings, machine: Machine, profile: DeviceProfile | None) -> int | None:
+    """What models may hold together: as the settings say, else what the machine and its control groups leave."""
+    if (budget_bytes := settings.memory.budget_bytes) is not None:
+        return budget_bytes
+    budget_bytes = budget_for(
+        profile,
+        machine_bytes=machine.memory_bytes,
+        limit_bytes=host.limit_bytes(),
+        own_bytes=host.resident_bytes(),
+    )
+    log.info(
+        "Models may hold %s bytes of memory.", f"{budget_bytes:,}" if budget_bytes is not None else "any number of"
+    )
+    return budget_bytes
 
 
 _ending = threading.Lock()

@@ -21,11 +21,12 @@ import ctypes
 import hashlib
 import io
 import json
+import mmap
 import os
 import secrets
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -287,22 +288,54 @@ class EnginePackage:
 
     def read(self, name: str) -> bytes:
         """The bytes of a file of the package, checked against its digest."""
-        record = self.manifest.files.get(name)
-        if record is None:
+        with self._opened(name) as file:
+            data = file.read()
+        self._compare(name, data)
+        return data
+
+    @contextmanager
+    def lent(self, name: str, check: Callable[[bytes | memoryview], None]) -> Iterator[Path]:
+        """A file of the package for a library that opens it itself: a path that leads to what was checked.
+
+        So it is in memory once, as the library has it. Its bytes are compared with its digest and given to `check`
+        first. What is done with the path counts only if the block ends without a PackageError, which says that somebody
+        wrote to the file meanwhile. A package that is replaced as a whole does not disturb.
+        """
+        with self._opened(name) as file:
+            before = _state_of(file)
+            with _read_aside(file) as data:
+                self._compare(name, data)
+                check(data)
+            place = Path(f"/proc/self/fd/{file.fileno()}")
+            try:
+                yield place if place.exists() else self.path / name
+            finally:
+                if _state_of(file) != before:
+                    raise PackageError(
+                        f"{self.path / name} was written to while it was being loaded.",
+                        fix="Replace packages as a whole, as `edge-sdk build-engine` does, and load it again.",
+                    )
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[io.BufferedReader]:
+        if name not in self.manifest.files:
             raise PackageError(f"The package {self.path} has no file {name!r}.", fix="Build the package again.")
         try:
-            data = (self.path / name).read_bytes()
+            with (self.path / name).open("rb") as file:
+                yield file
         except OSError as exc:
             raise PackageError(
                 f"{self.path / name} cannot be read: {exc.strerror or exc}.", fix="Build the package again."
             ) from exc
+
+    def _compare(self, name: str, data: bytes | memoryview) -> None:
+        record = self.manifest.files[name]
         if hashlib.sha256(data).hexdigest() != record.sha256:
             raise PackageError(
                 f"{self.path / name} was altered after the build: {len(data):,} bytes whose digest is not the "
                 f"manifest's ({record.bytes:,} bytes, sha256 {record.sha256[:12]}...).",
                 fix="Build the package again, or copy it again from where it came.",
             )
-        return data
 
     def verify(self) -> None:
         """Check every file against its digest; PackageError names the first that differs."""
@@ -501,6 +534,25 @@ def _array(data: bytes) -> Array:
     if len(data) - stream.tell() != count * dtype.itemsize:
         raise ValueError("an array's header promises another size than it has")
     return np.frombuffer(data, dtype, count, stream.tell()).reshape(shape)
+
+
+@contextmanager
+def _read_aside(file: io.BufferedReader) -> Iterator[memoryview]:
+    """The bytes of a file, in memory that goes back to the system at once: the heap would keep a hole of their size."""
+    size = os.fstat(file.fileno()).st_size
+    with (
+        mmap.mmap(-1, max(1, size)) as room,
+        memoryview(room) as whole,
+        whole[:size] as place,
+        place[: file.readinto(place)] as data,  # fewer if it was cut meanwhile, which its digest will tell
+    ):
+        yield data
+
+
+def _state_of(file: io.BufferedReader) -> tuple[int, int]:
+    """Changes with each write to the file."""
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
 
 
 def file_sha256(file: Path) -> str:

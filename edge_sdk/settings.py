@@ -124,6 +124,12 @@ class Commands(Table):
     """Whether the device obeys what is published on its command topics. The broker must say who may."""
 
 
+class Memory(Table):
+    budget_bytes: int | None = Field(default=None, gt=0)
+    """What all models together may hold; None: the share that the device profile gives them of what there is. Where
+    more models are served than fit, those used longest ago make room and come back when they are asked."""
+
+
 class Settings(Table):
     """Everything `edge-sdk serve` can be told."""
 
@@ -153,6 +159,7 @@ class Settings(Table):
     serving: Serving = Serving()
     building: Building = Building()
     commands: Commands = Commands()
+    memory: Memory = Memory()
 
     @field_validator("reply_prefixes")
     @classmethod

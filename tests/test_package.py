@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from edge_sdk import build_engine, load_engine
-from edge_sdk.errors import PackageError
+from edge_sdk.errors import EngineFailed, PackageError
 from edge_sdk.package import (
     GRAPH,
     LABELS,
@@ -95,6 +95,38 @@ def test_a_manifest_names_no_file_elsewhere(package: EnginePackage, name: str) -
         EnginePackage.open(package.path)
 
 
+def test_a_file_is_lent_as_it_was_checked(package: EnginePackage) -> None:
+    """A library may open it by the path, whatever takes the package's place meanwhile."""
+    seen: list[bytes] = []
+    expected = (package.path / GRAPH).read_bytes()
+    with package.lent(GRAPH, lambda data: seen.append(bytes(data))) as file:
+        make_package(package.path, scaling(3.0))
+
+        assert [expected, expected] == [*seen, file.read_bytes()]
+
+
+def test_a_file_that_is_written_to_while_it_is_lent_is_not_used(package: EnginePackage) -> None:
+    """What a library read of it may be neither the one nor the other."""
+    with pytest.raises(PackageError, match="was written to"), package.lent(GRAPH, lambda data: None):
+        (package.path / GRAPH).write_bytes(b"another")
+
+
+def test_what_is_wrong_with_a_lent_file_is_said(package: EnginePackage) -> None:
+    """The complaint of the check comes through, and an altered or missing file is none that is lent."""
+
+    def complain(data: bytes | memoryview) -> None:
+        raise EngineFailed(f"{len(data)} bytes are too many")
+
+    with pytest.raises(EngineFailed, match="too many"), package.lent(GRAPH, complain):
+        pass
+    (package.path / GRAPH).write_bytes(b"")
+    with pytest.raises(PackageError, match="altered"), package.lent(GRAPH, lambda data: None):
+        pass
+    (package.path / GRAPH).unlink()
+    with pytest.raises(PackageError, match="cannot be read"), package.lent(GRAPH, lambda data: None):
+        pass
+
+
 def test_a_file_that_is_not_listed_is_not_read(package: EnginePackage) -> None:
     """Only what the manifest vouches for is part of the package."""
     (package.path / "extra").write_bytes(b"x")
@@ -150,7 +182,7 @@ def test_a_full_disk_is_named(package: EnginePackage) -> None:
     program = f"""
 import resource
 from pathlib import Path
-from edge_sdk.errors import PackageError
+from edge_sdk.errors import EngineFailed, PackageError
 from edge_sdk.package import writing
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

@@ -31,24 +31,30 @@ _DATA_LOCATION = 14
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
-def refuse_external_data(graph: bytes) -> None:
+def refuse_external_data(graph: bytes | memoryview) -> None:
     """Raise EngineFailed if a tensor of the ONNX model `graph` has its data in a file, or the bytes are no protobuf."""
-    view = memoryview(graph)
+    with memoryview(graph) as view:  # let go of in any case: what it shows may be memory that somebody lends us
+        try:
+            if _names_a_file(view):
+                raise EngineFailed(
+                    "The runtime cannot load the graph: some of its data lies in another file, "
+                    "which a package never has.",
+                    fix="Build the package again with `edge-sdk build-engine`.",
+                )
+        except (IndexError, ValueError) as exc:
+            raise EngineFailed("The runtime cannot load the graph: it is cut off, or no ONNX model.") from exc
+
+
+def _names_a_file(view: memoryview) -> bool:
     waiting = [("Model", 0, len(view))]
-    try:
-        while waiting:
-            message, start, end = waiting.pop()
-            for number, kind, value, stop in fields(view, start, end):
-                if message == "Tensor" and number == _DATA_LOCATION and kind == _VARINT and value:
-                    raise EngineFailed(
-                        "The runtime cannot load the graph: some of its data lies in another file, "
-                        "which a package never has.",
-                        fix="Build the package again with `edge-sdk build-engine`.",
-                    )
-                if kind == _BYTES and (inner := _MESSAGES[message].get(number)):
-                    waiting.append((inner, value, stop))
-    except (IndexError, ValueError) as exc:
-        raise EngineFailed("The runtime cannot load the graph: it is cut off, or no ONNX model.") from exc
+    while waiting:
+        message, start, end = waiting.pop()
+        for number, kind, value, stop in fields(view, start, end):
+            if message == "Tensor" and number == _DATA_LOCATION and kind == _VARINT and value:
+                return True
+            if kind == _BYTES and (inner := _MESSAGES[message].get(number)):
+                waiting.append((inner, value, stop))
+    return False
 
 
 _DTYPES = {

@@ -9,6 +9,7 @@ so a serving loop neither allocates nor re-binds.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -55,11 +56,16 @@ class OnnxRuntimeBackend:
         return None
 
     def load(self, package: EnginePackage, profile: DeviceProfile) -> OnnxRuntimeEngine:
+        """By its file, once that was checked: of bytes, onnxruntime's Python would keep a second copy for good."""
         options = package.onnxruntime_options(profile, processor())
-        return self.load_graph(package.read(GRAPH), profile.model_copy(update={"onnxruntime": options}))
+        with package.lent(GRAPH, refuse_external_data) as file:
+            return self._engine(str(file), profile.model_copy(update={"onnxruntime": options}))
 
     def load_graph(self, graph: bytes, profile: DeviceProfile) -> OnnxRuntimeEngine:
         refuse_external_data(graph)
+        return self._engine(graph, profile)
+
+    def _engine(self, graph: bytes | str, profile: DeviceProfile) -> OnnxRuntimeEngine:
         try:
             return OnnxRuntimeEngine(_session(graph, profile, _CPU))
         except ValueError as exc:  # TensorSpec's
@@ -147,7 +153,14 @@ class OnnxRuntimeEngine:
         return binding
 
 
-def _session(graph: bytes, profile: DeviceProfile, provider: str) -> Any:
+def preload() -> None:
+    """Load the library, where it is installed."""
+    if importlib.util.find_spec("onnxruntime") is not None:
+        with contextlib.suppress(Exception):  # what is wrong with it is said when a graph is loaded
+            import onnxruntime  # noqa: F401
+
+
+def _session(graph: bytes | str, profile: DeviceProfile, provider: str) -> Any:
     try:
         import onnxruntime
     except ImportError as exc:

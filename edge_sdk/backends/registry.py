@@ -162,6 +162,14 @@ def prefers_compiled(package: EnginePackage) -> bool:
     return package.manifest.backend.name in _COMPILING
 
 
+def preload(package: EnginePackage) -> None:
+    """Load the library that will run the package's graph on the CPU, if there is one: all engines on it share it."""
+    if package.manifest.backend.name == "onnxruntime":
+        from edge_sdk.backends import onnxruntime
+
+        onnxruntime.preload()
+
+
 def preferred_version(package: EnginePackage, *, store: Path | None = None) -> str:
     """The version of the runtime that the package prefers; empty where it is not to be had."""
     return backend(package.manifest.backend.name, store).availability().version or ""

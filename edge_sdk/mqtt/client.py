@@ -338,6 +338,26 @@ class Client:
             raise CommandFailed(f"Device {place.device!r}, {name}: {outcome.error}", data=dict(outcome.data))
         return dict(outcome.data)
 
+    def stats(self, device: str | None = None, *, timeout_s: float = 30.0) -> dict[str, Any]:
+        """The next statistics that a device publishes: counts, timings, memory. Raises NoAnswer if none come in time.
+
+        A device publishes them every ten seconds, unless it is told otherwise.
+        """
+        name = self._one_device(device)
+        topic = Topics(self._root, name).stats
+        with self._retained_changed:
+            self._retained.pop(topic, None)
+        self._settle(topic, until=lambda: topic in self._retained)
+        with self._retained_changed:
+            self._retained_changed.wait_for(lambda: topic in self._retained or self._closing, timeout_s)
+            payload = self._retained.pop(topic, None)
+        if payload is None:
+            raise NoAnswer(
+                f"{name} published no statistics within {timeout_s:g} s.",
+                fix="Is it online? `stats_interval_s` is how often it does.",
+            )
+        return described(topic, payload)
+
     @property
     def statistics(self) -> ClientStatistics:
         return ClientStatistics(

@@ -124,6 +124,15 @@ class Journal:
                 log.info("The journal %s is written again.", self._file)
             self.problem = ""
 
+    @property
+    def size_bytes(self) -> int:
+        """What the journal takes on disk, with what SQLite keeps beside it."""
+        size = 0
+        for file in (self._file, self._file.with_name(f"{self._file.name}-wal")):
+            with suppress(OSError):
+                size += file.stat().st_size
+        return size
+
     def close(self) -> None:
         if self._database is not None:
             with suppress(sqlite3.Error):

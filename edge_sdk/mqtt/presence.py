@@ -46,6 +46,8 @@ def metadata(versions: Sequence[ServedModel]) -> dict[str, Any]:
         "versions": [model.version for model in versions],
         "state": speaker.state,
     }
+    if speaker.answers:
+        described["resident"] = not speaker.is_absent
     if speaker.progress_percent is not None:
         described["progress_percent"] = speaker.progress_percent
     if speaker.reason:

@@ -341,6 +341,17 @@ class Session:
         """How many answers wait for the connection or the window."""
         return len(self._outbox)
 
+    @property
+    def remembered_bytes(self) -> int:
+        """What the answers that may be asked for again hold, about; bounded."""
+        return self._held_bytes
+
+    @property
+    def outbox_bytes(self) -> int:
+        """What waits for the connection, the window or the broker's word holds, in bytes of payload."""
+        waiting = (*self._outbox, *self._in_flight.values(), *self._unnumbered.values())
+        return sum(len(outgoing.message.payload) for outgoing in waiting)
+
     def __repr__(self) -> str:
         return (
             f"<Session connected={self._connected} open={len(self._jobs)} outbox={len(self._outbox)} "

@@ -77,6 +77,11 @@ class BatchPlanner:
     def __len__(self) -> int:
         return self._waiting
 
+    @property
+    def waiting_bytes(self) -> int:
+        """What the requests that wait hold, in the queue and beside it."""
+        return self._waiting_bytes + self.held_bytes
+
     def offer(self, request: Request, now: float) -> list[Answer]:
         """Queue `request`; the answers to those that had to leave for it.
 

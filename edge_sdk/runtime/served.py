@@ -5,15 +5,19 @@ nothing is lost. A model is *quick* while its warm-up batch was short enough to 
 other has a thread of its own, started when it is first needed, which keeps as many batches on their way as the worker
 has room for.
 
+A model that nobody asks may be sent out of memory to make room for others. It stays READY, keeps its queue, and calls
+for its worker when a request comes, which waits for it if it can.
+
 A model that is BUILDING answers like a READY one, with another backend than it will have: an engine is being compiled
 for it meanwhile.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from edge_sdk.errors import DeadlineExceeded, DeviceLost, RequestError, Unavailable
@@ -34,6 +38,25 @@ def ignore_loss(loss: DeviceLost) -> None:
     """For those who have nobody to tell: the model stays silent from then on."""
 
 
+def never_called(model: ServedModel) -> float:
+    """For models that are never sent away."""
+    return 0.0
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is to be said of a model also while its worker is out of memory."""
+
+    package: EnginePackage
+    backend: str
+    content_types: tuple[str, ...]
+    second_best: str
+
+    @classmethod
+    def of(cls, worker: Worker) -> _Known:
+        return cls(worker.package, worker.loaded.backend, tuple(worker.task.content_types), worker.loaded.second_best)
+
+
 class ServedModel:
     """Where the requests for one model and version wait, and what computes them. Safe to use from any thread."""
 
@@ -48,12 +71,16 @@ class ServedModel:
         on_lost: Callable[[DeviceLost], None] = ignore_loss,
         decoders: Decoders | None = None,
         on_due: Callable[[], None] = lambda: None,
+        on_called: Callable[[ServedModel], float] = never_called,
         clock: Callable[[], float],
     ) -> None:
         """`on_lost` is told on the computing thread. The requests that were being computed then get no answer.
 
         Big pictures are left to the `decoders`; when they are done, `on_due` is called there: a quick model may have
         something to compute.
+
+        `on_called` is to bring back the worker of a model that is out of memory, and says in how many seconds it will
+        be there. It must only take note.
         """
         self.model = model
         self.version = version
@@ -64,9 +91,14 @@ class ServedModel:
         """How much of the engine is built; None unless one is being built."""
         self.digest = ""
         self.quick = False
+        self.last_used = self.since = clock()
+        """When a batch was last begun, and when the worker came."""
+        self.called_in_vain = 0
+        """Requests that could not wait for the worker to come back."""
         self.statistics = Statistics()
         self._on_answer = on_answer
         self._on_lost = on_lost
+        self._on_called = on_called
         self._clock = clock
         self._changed = threading.Condition()  # guards everything below
         self._newest_wins = newest_wins
@@ -82,6 +114,8 @@ class ServedModel:
         self._sequences: Sequences | None = None
         self._sequences_of = ""
         """The digest of the package whose they are."""
+        self._known: _Known | None = None
+        """Of the worker that is in service, or was and is to come back."""
         self._retired = False
         self._lost = False
         self._thread: threading.Thread | None = None
@@ -94,20 +128,31 @@ class ServedModel:
     @property
     def package(self) -> EnginePackage | None:
         """What is being served; None while nothing has loaded."""
-        worker = self._worker
-        return worker.package if worker is not None else None
+        known = self._known
+        return known.package if known is not None else None
 
     @property
     def backend(self) -> str:
         """What computes the answers; empty while nothing has loaded."""
-        worker = self._worker
-        return worker.loaded.backend if worker is not None else ""
+        known = self._known
+        return known.backend if known is not None else ""
 
     @property
     def content_types(self) -> tuple[str, ...]:
         """What requests may bring; empty while nothing has loaded."""
-        worker = self._worker
-        return worker.task.content_types if worker is not None else ()
+        known = self._known
+        return known.content_types if known is not None else ()
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether it was sent out of memory; it answers all the same."""
+        return self._known is not None and self._worker is None
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether a worker that was sent away still computes."""
+        using = self._using
+        return using is not None and using is not self._worker
 
     @property
     def is_retired(self) -> bool:
@@ -122,10 +167,8 @@ class ServedModel:
     @property
     def is_at_its_best(self) -> bool:
         """Whether it answers on the backend that its package prefers, or is on the way there."""
-        worker = self._worker
-        return self.state == "BUILDING" or (
-            self.state == "READY" and worker is not None and not worker.loaded.second_best
-        )
+        known = self._known
+        return self.state == "BUILDING" or (self.state == "READY" and known is not None and not known.second_best)
 
     @property
     def waiting(self) -> int:
@@ -139,23 +182,75 @@ class ServedModel:
         kept = self._sequences
         return len(kept) if kept is not None else None
 
+    @property
+    def waiting_bytes(self) -> int:
+        """What the requests that wait hold, in bytes."""
+        return self._planner.waiting_bytes
+
     def submit(self, request: Request) -> None:
         """Queue a request, also while the model is still loading; raises QueueFull or Unavailable."""
         with self._changed:
-            if self._worker is None and (self.state != "LOADING" or self._retired):
-                raise self._unavailable()
+            if self._worker is None:
+                self._call_worker(request)
             displaced = self._planner.offer(request, self._clock())
             if self._thread is not None and not self.quick:
                 self._changed.notify()
         for answer in displaced:
             self._finish(replace(answer, model_version=self.version))
 
+    def _everything_waiting(self) -> list[Request]:
+        """Taken out, to be answered otherwise."""
+        return [*(self._stage.clear() if self._stage is not None else ()), *self._planner.clear()]
+
+    @property
+    def _has_any_waiting(self) -> bool:
+        return bool(len(self._planner) or (self._stage is not None and self._stage.waiting))
+
+    def _call_worker(self, request: Request) -> None:
+        """There is none: is it worth while for `request` to wait? Raises Unavailable."""
+        if self._known is not None and not self._retired:
+            expected_s = self._on_called(self)
+            if self._clock() + expected_s > request.deadline:
+                raise self._out_of_memory(expected_s)
+        elif self.state != "LOADING" or self._retired:
+            raise self._unavailable()
+
+    def sleep(self, *, even_if_wanted: bool = False) -> Literal["gone", "leaving", "stays"]:
+        """Send the worker out of memory, where nobody waits for it, or `even_if_wanted`.
+
+        Whether it is gone, goes when what is being computed is done, or stays. Those that wait call for it again.
+        """
+        with self._changed:
+            worker = self._worker
+            if worker is None or self._retired or self.state != "READY":
+                return "stays"
+            if self.waiting and not even_if_wanted:
+                return "stays"
+            self._worker = None
+            at_rest = self._using is not worker  # otherwise whoever uses it closes it
+            called = self._has_any_waiting
+        if at_rest:
+            worker.close()
+        if called:
+            self._on_called(self)
+        return "gone" if at_rest else "leaving"
+
+    def give_up_hopeless(self, expected_s: float) -> bool:
+        """Answer 503 to those that cannot wait so long for the worker; whether any is left that can."""
+        with self._changed:
+            hopeless = self._planner.expire(self._clock() + expected_s).expired if self._worker is None else ()
+            left = self._has_any_waiting
+        for request in hopeless:
+            self._finish(Answer(request.ticket, self._out_of_memory(expected_s), self.version))
+        return left
+
     def put_in_service(self, worker: Worker, *, quick: bool, reason: str = "") -> None:
         """Let `worker` compute from the next batch on. `reason` is why it is not as good as it might be."""
         with self._changed:
             leaving: Worker | None = worker  # unless the service stopped while it loaded
             if not self._retired:
-                leaving, self._worker = self._worker, worker
+                leaving, self._worker, self._known = self._worker, worker, _Known.of(worker)
+                self.last_used = self.since = self._clock()
                 batching = worker.package.manifest.batching
                 self._planner.batch = batching.best_batch
                 self._planner.max_wait_s = batching.max_wait_ms / 1000
@@ -201,11 +296,13 @@ class ServedModel:
                 self.state, self.reason, self.progress_percent = "READY", reason, None
 
     def fail(self, reason: str) -> None:
-        """Note that a package did not load. An older one that serves goes on serving."""
+        """Note that a package did not load. An older one that serves goes on serving, unless it is out of memory: its
+        files are what did not load, or are in their place."""
         with self._changed:
             self.reason, self.progress_percent = reason, None
             self.state = "READY" if self._worker is not None else "UNAVAILABLE"
-            orphans = self._planner.clear() if self._worker is None else ()
+            self._known = self._known if self._worker is not None else None
+            orphans = self._everything_waiting() if self._worker is None else []
         for request in orphans:
             self._finish(Answer(request.ticket, self._unavailable(), self.version))
 
@@ -213,8 +310,8 @@ class ServedModel:
         """Take the model out of service: what waits is answered 503, what is being computed is finished."""
         with self._changed:
             self._retired = True
-            orphans = [*(self._stage.clear() if self._stage is not None else ()), *self._planner.clear()]
-            leaving, self._worker = self._worker, None
+            orphans = self._everything_waiting()
+            leaving, self._worker, self._known = self._worker, None, None
             at_rest = leaving is not self._using
             self._changed.notify()
         if leaving is not None and at_rest:
@@ -264,6 +361,7 @@ class ServedModel:
     def _compute(
         self, worker: Worker, batch: Sequence[Request], decoded: Mapping[int, Result], now: float, *, more: bool
     ) -> None:
+        self.last_used = now
         try:
             self._start(worker, batch, decoded)
             while worker.in_flight:
@@ -274,6 +372,7 @@ class ServedModel:
                         continue
                 answers = worker.finish()
                 began, now = now, self._clock()
+                self.last_used = now
                 self._planner.computed(len(answers), now - began)
                 for answer in answers:
                     self._finish(answer)
@@ -334,6 +433,13 @@ class ServedModel:
         now = self._clock()
         due = self._due_at(now)
         return None if due is None else max(0.0, due - now)
+
+    def _out_of_memory(self, expected_s: float) -> RequestError:
+        self.called_in_vain += 1
+        return Unavailable(
+            f"The model {self.model!r} made room for others, and is back later than this request can wait.",
+            retry_after_ms=max(1, math.ceil(expected_s * 1000)),
+        )
 
     def _unavailable(self) -> RequestError:
         if self._retired:

@@ -16,6 +16,9 @@ are decoded on threads of their own.
 A package that fails to load is UNAVAILABLE with its reason and harms nobody; if an older package of the same model is
 being served, it stays in service.
 
+Models share the memory of the box within a budget. Where they do not all fit, those used longest ago leave, stay READY,
+and are brought back by a request, which waits for that; nothing fails (see `memory` and `residence`).
+
 A package without a compiled engine that fits answers at once, with the next backend that runs its graph. Meanwhile an
 engine is built in the background; once it answers as the graph does, it takes over between two batches. If it cannot be
 built, or answers otherwise, the graph goes on answering and the model says why. Nothing is ever built inside a request.
@@ -29,6 +32,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +50,22 @@ from edge_sdk.errors import (
 )
 from edge_sdk.package import EnginePackage
 from edge_sdk.profiles import DeviceProfile, Machine
+from edge_sdk.runtime import host
 from edge_sdk.runtime.batching import QueueLimits
 from edge_sdk.runtime.catalog import Entry, Key, newest_first, scan, to_load
 from edge_sdk.runtime.decoding import Decoders
+from edge_sdk.runtime.memory import MIN_TURN_S, Books
 from edge_sdk.runtime.messages import Answer, Request
+from edge_sdk.runtime.residence import NoRoomNow, Residence
 from edge_sdk.runtime.served import ServedModel, ignore_loss
 from edge_sdk.runtime.statistics import Statistics
 from edge_sdk.runtime.succession import Successions
 from edge_sdk.runtime.worker import Worker
 
 log = logging.getLogger(__name__)
+
+_LOOK_FOR_ROOM_S = 0.02
+"""How often is tried again what found no room because everybody was in use."""
 
 
 class Service:
@@ -76,11 +86,14 @@ class Service:
         on_due: Callable[[], None] = lambda: None,
         store: Path | None = None,
         building: bool = True,
+        budget_bytes: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """What is called is called from any thread, and all but `on_lost` must only take note.
 
         `on_due`: `run_quick` may have something to do, although nothing was submitted.
+
+        `budget_bytes` is what models may hold together; None: whatever they like.
 
         `on_lost` is told that a device is in a state which only a new process ends. What was being computed gets no
         answer. `store` is the folder for engines that are built here (None: the user's own), if `building` allows it.
@@ -110,13 +123,16 @@ class Service:
         self._successions = Successions(
             store=store,
             hire=self._hire,
-            take_over=self._put_in_service,
+            take_over=self._take_over,
             later=self._do_later,
             on_change=on_change,
             on_lost=on_lost,
             clock=clock,
         )  # fmt: skip
         self._building = building
+        self._residence = Residence(Books(budget_bytes), lambda: self._models.values(), self._hire, clock)
+        self._called: dict[Key, ServedModel] = {}  # to be brought back, in the order in which they were called
+        self._crowded: dict[Key, Callable[[], None]] = {}  # what found no room; the loader's alone
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._loader = threading.Thread(target=self._follow_orders, name="edge-sdk-loader", daemon=True)
 
@@ -158,11 +174,11 @@ class Service:
     def run_quick(self) -> bool:
         """Compute a batch of each quick model that has one due, on this thread; whether any had.
 
-        Requests that wait for a model that is still loading expire here.
+        Requests that wait for a model that is being loaded expire here.
         """
         worked = False
         for model in self._models.values():
-            if model.waiting and (model.quick or model.state == "LOADING"):
+            if model.waiting and (model.quick or model.worker is None):
                 worked |= model.run_once()
         return worked
 
@@ -198,10 +214,26 @@ class Service:
                 **model.statistics.snapshot(),
                 "waiting": model.waiting,
                 **({} if model.sequences is None else {"sequences": model.sequences}),
+                "state": model.state,
+                "memory": {**self._residence.figures(model), "queue_bytes": model.waiting_bytes},
             }
             for model in self.models()
         }
         return {**self.statistics.snapshot(), "waiting": self.waiting(), "models": models}
+
+    @property
+    def moves(self) -> int:
+        """How often a model left memory or came back, so far."""
+        return self._residence.books.evictions + self._residence.books.reloads
+
+    def memory(self) -> dict[str, Any]:
+        """Who holds what, in bytes; JSON-ready."""
+        models = self.models()
+        return {
+            **self._residence.snapshot(),
+            "refusals": sum(model.called_in_vain for model in models),
+            "queue_bytes": sum(model.waiting_bytes for model in models),
+        }
 
     def stop(self, limit_s: float) -> bool:
         """Finish what was accepted, for at most `limit_s`, and close every model; whether all of it was finished."""
@@ -239,20 +271,71 @@ class Service:
 
     def _follow_orders(self) -> None:
         """The life of the loader's thread."""
-        while (order := self._orders.get()) is not None and not self._stopping:
+        while not self._stopping:
+            try:
+                order = self._orders.get(timeout=_LOOK_FOR_ROOM_S if self._crowded else None)
+            except queue.Empty:
+                order = self._look_for_room
+            if order is None:
+                return
             try:
                 order()
             except Exception:
                 log.exception("A defect of edge-sdk: the engines folder could not be followed.")
-            self._followed = True
-            self._on_change()
+            if not self._followed:
+                self._followed = True
+                self._on_change()
 
     def _load_all(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
             if self._stopping:
                 return
             self._load(entry, self._models[entry.key])
-            self._on_change()
+            self._bring_back()
+        host.trim()  # for those that are gone
+
+    def _call(self, model: ServedModel) -> float:
+        """Somebody asks for a model that is out of memory: in how many seconds it will be back, about. Any thread."""
+        key = model.key
+        expected_s = MIN_TURN_S if key in self._crowded else 0.0
+        if key not in self._called and key not in self._crowded:
+            self._called[key] = model
+            self._orders.put(self._bring_back)
+        for ahead in list(self._called.values()):
+            expected_s += self._residence.expected_s(ahead)
+            if ahead is model:
+                break
+        return expected_s
+
+    def _bring_back(self) -> None:
+        """Load those that were called."""
+        for key in list(self._called):
+            if self._stopping:
+                return
+            model = self._called[key]
+            self._attempt(model, partial(self._return, model))
+            self._called.pop(key, None)
+
+    def _return(self, model: ServedModel) -> None:
+        """Bring one back. NoRoomNow if somebody still waits for it; who cannot wait any longer is told so."""
+        package = model.package
+        if package is None or not model.is_absent:  # it is back already, or gone
+            return
+        try:
+            worker = self._residence.admit(model, package)
+        except NoRoomNow:
+            if model.give_up_hopeless(self._residence.expected_s(model)):
+                raise
+            return
+        model.put_in_service(worker, quick=self._is_quick(worker))
+        model.digest = worker.package.digest
+        log.debug("%s is back in memory.", worker.package)
+        self._on_due()
+
+    def _look_for_room(self) -> None:
+        crowded, self._crowded = self._crowded, {}
+        for again in crowded.values():
+            again()
 
     def _in_turn(self, act: Callable[[Future[dict[str, str]]], None]) -> Future[dict[str, str]]:
         """Have the loader's thread do it, which gives the future its result; what it raises is the future's, too."""
@@ -310,10 +393,11 @@ class Service:
             if model.is_retired:  # the place of one that had been unloaded
                 continue
             why = "was unloaded" if model.key in self._unloaded else "is gone from the folder"
-            about = {"model": model.model, "version": model.version}
-            log.info("%s %s %s; it is retired.", model.model, model.version, why, extra=about)
+            log.info("%s %s %s; it is retired.", model.model, model.version, why, extra=_about(model))
             self._successions.cancel(model)
+            self._crowded.pop(model.key, None)
             model.retire()
+            self._residence.dismiss(model)
         self._on_change()
         return [entry for entry in to_load(served, wanted) if entry.key not in self._unloaded]
 
@@ -326,6 +410,7 @@ class Service:
             on_lost=self._on_lost,
             decoders=self._decoders,
             on_due=self._on_due,
+            on_called=self._call,
             clock=self._clock,
         )
         if key in self._unloaded:  # a place that says so
@@ -336,26 +421,37 @@ class Service:
     def _load(self, entry: Entry, model: ServedModel) -> None:
         """Bring one package into service, or note why it is not."""
         self._successions.cancel(model)
+        self._crowded.pop(model.key, None)
+        self._attempt(model, lambda: self._bring_in(entry, model))
+
+    def _bring_in(self, entry: Entry, model: ServedModel) -> None:
+        if entry.package is None:
+            raise PackageError(entry.problem)
+        why_none = self._successions.recover(entry.package)
+        worker = self._residence.admit(model, entry.package)
+        yardstick = self._successions.prepare(worker) if self._building and not why_none else None
+        self._put_in_service(model, worker, why_none)
+        if yardstick is not None:
+            self._successions.begin(model, worker, yardstick)
+        self._on_change()
+
+    def _attempt(self, model: ServedModel, bring: Callable[[], None]) -> None:
+        """Bring a model in, now or as soon as there is room; what keeps it out otherwise is said by the model."""
         try:
-            if entry.package is None:
-                raise PackageError(entry.problem)
-            why_none = self._successions.recover(entry.package)
-            worker = self._hire(entry.package)
-            yardstick = self._successions.prepare(worker) if self._building and not why_none else None
+            bring()
+        except NoRoomNow as exc:
+            log.debug("%s", exc)
+            self._crowded[model.key] = lambda: self._attempt(model, bring)
         except DeviceLost as exc:
             self._on_lost(exc)
         except EdgeSdkError as exc:
-            about = {"model": entry.model, "version": entry.version}
-            log.error("%s %s did not load: %s", entry.model, entry.version, exc, extra=about)
+            log.error("%s %s did not load: %s", model.model, model.version, exc, extra=_about(model))
             model.fail(str(exc))
+            self._on_change()
         except Exception as exc:
-            about = {"model": entry.model, "version": entry.version}
-            log.exception("A defect of edge-sdk: %s %s did not load.", entry.model, entry.version, extra=about)
+            log.exception("A defect of edge-sdk: %s %s did not load.", model.model, model.version, extra=_about(model))
             model.fail(f"loading it met a defect of edge-sdk ({type(exc).__name__}); the log has the details")
-        else:
-            self._put_in_service(model, worker, why_none)
-            if yardstick is not None:
-                self._successions.begin(model, worker, yardstick)
+            self._on_change()
 
     def _hire(self, package: EnginePackage) -> Worker:
         """A worker of the package, warmed up.
@@ -384,21 +480,35 @@ class Service:
     def _load_worker(self, package: EnginePackage, why_not: str = "") -> Worker:
         return Worker.load(package, self._machine, store=self._store, why_not_preferred=why_not, clock=self._clock)
 
+    def _take_over(self, model: ServedModel, worker: Worker) -> None:
+        """An engine that was built meanwhile takes the place of the graph on the CPU."""
+        self._put_in_service(model, worker)
+        self._residence.moved(model)
+        self._on_change()
+
     def _put_in_service(self, model: ServedModel, worker: Worker, why_none: str = "") -> None:
         """`why_none` is why no better engine is built, where that is not the worker's to know."""
-        reason, about = "", {"model": model.model, "version": model.version}
+        reason = ""
         if worker.loaded.second_best:
             reason = f"{worker.loaded.backend} answers. {why_none or worker.loaded.second_best}"
-            log.warning("%s: %s", worker.package, reason, extra=about)
-        model.put_in_service(worker, quick=worker.batch_s <= self._inline_s, reason=reason)
+            log.warning("%s: %s", worker.package, reason, extra=_about(model))
+        model.put_in_service(worker, quick=self._is_quick(worker), reason=reason)
         model.digest = worker.package.digest
         log.info(
             "%s is ready on %s; a batch takes %.2f ms.", worker.package, worker.loaded.backend, worker.batch_s * 1000,
-            extra=about,
+            extra=_about(model),
         )  # fmt: skip
+
+    def _is_quick(self, worker: Worker) -> bool:
+        return worker.batch_s <= self._inline_s
 
     def _do_later(self, order: Callable[[], None]) -> None:
         self._orders.put(order)
+
+
+def _about(model: ServedModel) -> dict[str, object]:
+    """What a line of the log is about, for those who search it."""
+    return {"model": model.model, "version": model.version}
 
 
 def _states(models: Sequence[ServedModel]) -> dict[str, str]:
