@@ -416,7 +416,7 @@ def serve(config: Path | None, engines: Path | None, broker: str | None, device:
     """
     from edge_sdk.daemon import Daemon
     from edge_sdk.logs import begin_logging
-    from edge_sdk.mqtt.transports.paho import PahoTransport
+    from edge_sdk.mqtt.transports.choice import new_transport
     from edge_sdk.settings import load_settings
 
     def read() -> Settings:
@@ -425,8 +425,9 @@ def serve(config: Path | None, engines: Path | None, broker: str | None, device:
 
     settings = read()
     begin_logging(settings.log_format, settings.log_level)
-    group_transport = PahoTransport() if settings.groups else None
-    code = Daemon(settings, PahoTransport(), group_transport=group_transport, reread=read).run()
+    wanted = settings.broker.transport
+    group_transport = new_transport(wanted) if settings.groups else None
+    code = Daemon(settings, new_transport(wanted), group_transport=group_transport, reread=read).run()
     logging.shutdown()
     os._exit(code)  # everything is closed; a thread still inside a runtime's native code must not make this an abort
 

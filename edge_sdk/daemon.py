@@ -126,7 +126,7 @@ class Daemon:
         self._draining = False
         self._link = Link(
             transport,
-            protocol=settings.broker.protocol,
+            protocol=settings.broker.spoken,
             options=self._connect_options,
             subscriptions=self._subscriptions(),
             too_large=self._codec.too_large,

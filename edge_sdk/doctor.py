@@ -25,6 +25,7 @@ from edge_sdk.errors import EdgeSdkError, ProfileError, SettingsError
 from edge_sdk.mqtt.address import parse_url
 from edge_sdk.mqtt.broker import find_broker, find_mosquitto
 from edge_sdk.mqtt.certificates import SOON_DAYS, ExpiryWatch, told
+from edge_sdk.mqtt.transports.choice import chosen, fast_fix, has_mqtt5
 from edge_sdk.package import EnginePackage, package_folders
 from edge_sdk.profiles import Machine, detect, load_profiles
 from edge_sdk.settings import Settings
@@ -147,6 +148,30 @@ def _extras(machine: Machine, settings: Settings) -> Iterator[Finding]:
             yield Finding(distribution, "ok", f"version {installed_version(module, distribution)}")
 
 
+def _transport(machine: Machine, settings: Settings) -> Iterator[Finding]:
+    """Which library speaks MQTT, and why that one."""
+    wanted, protocol = settings.broker.transport, settings.broker.spoken
+    if wanted == "mqtt5" and not has_mqtt5():
+        yield Finding("transport", "fault", "mqtt5, as the settings say, is not installed", fast_fix())
+        return
+    library = chosen(wanted, 4 if protocol == "3.1.1" else 5)
+    named = f"{library} {installed_version(*_LIBRARIES[library])}"
+    if wanted != "auto":
+        yield Finding("transport", "ok", f"{named}, as the settings say")
+    elif library == "mqtt5":
+        rest = ", and paho where the broker knows no MQTT 5" if protocol == "auto" else ""
+        yield Finding("transport", "ok", f"{named}, which is compiled{rest}")
+    elif protocol == "3.1.1":
+        yield Finding("transport", "ok", f"{named}, for mqtt5 does not speak MQTT 3.1.1")
+    else:
+        fix = f"It takes less processor time: {fast_fix()}"
+        yield Finding("transport", "note", f"{named}, for mqtt5 is not installed", fix)
+
+
+_LIBRARIES = {"mqtt5": ("mqtt5", "mqtt5"), "paho": ("paho.mqtt", "paho-mqtt")}
+"""Module and distribution."""
+
+
 def _broker(machine: Machine, settings: Settings) -> Iterator[Finding]:
     binary = find_mosquitto()
     yield Finding("mosquitto", "ok" if binary else "note", binary or "the broker's binary is not on this machine")
@@ -264,6 +289,7 @@ _LOOKS: tuple[Callable[[Machine, Settings], Iterator[Finding]], ...] = (
     _store,
     _backends,
     _extras,
+    _transport,
     _broker,
     _secrets,
     _engines,

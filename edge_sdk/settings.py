@@ -25,6 +25,7 @@ from edge_sdk.mqtt.access import BrokerAccess
 from edge_sdk.mqtt.address import parse_url
 from edge_sdk.mqtt.negotiation import ProtocolSetting
 from edge_sdk.mqtt.topics import DEFAULT_ROOT, Topics
+from edge_sdk.mqtt.transports.choice import TransportSetting
 from edge_sdk.toml import Table, parse, read_toml
 
 PREFIX = "EDGE_SDK_"
@@ -48,6 +49,9 @@ class Broker(Table):
     """`mqtt://` or `mqtts://`, host and port; a user name may be in it, a password may not."""
     protocol: ProtocolSetting = "auto"
     """`auto` speaks MQTT 5 and falls back to 3.1.1 where the broker knows nothing newer."""
+    transport: TransportSetting = "auto"
+    """What reads and writes MQTT packets. `auto` is mqtt5, which is compiled, where it is installed and MQTT 5 is
+    spoken, and paho otherwise."""
     username: str | None = None
     username_file: Path | None = None
     """Its first line is the user name. This and the files below are read at each connection; under systemd the
@@ -81,6 +85,17 @@ class Broker(Table):
         if address.password is not None:
             raise ValueError("a password in a URL ends up in logs; use password_file")
         return url
+
+    @model_validator(mode="after")
+    def _speakable(self) -> Broker:
+        if self.transport == "mqtt5" and self.protocol == "3.1.1":
+            raise ValueError("the transport mqtt5 speaks MQTT 5 alone; with `protocol` 3.1.1 it is auto or paho")
+        return self
+
+    @property
+    def spoken(self) -> ProtocolSetting:
+        """`protocol`, as far as `transport` speaks it."""
+        return "5" if self.transport == "mqtt5" else self.protocol
 
 
 class Limits(Table):

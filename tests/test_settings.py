@@ -100,6 +100,7 @@ def test_every_key_has_an_environment_variable() -> None:
         ("[broker]\nurl = 'http://x'", "mqtt://"),
         ("[broker]\nurl = 'mqtt://user:hunter2@x'", "use password_file"),
         ("[broker]\nprotocol = '6'", "`broker.protocol`"),
+        ("[broker]\nprotocol = '3.1.1'\ntransport = 'mqtt5'", "MQTT 5 alone"),
         ("[limits]\nmax_queue = 0", r"`limits.max_queue`.*\(it is 0\)"),
         ("broker = 'mqtt://x'", "`broker`"),
         ("device = ", "not valid TOML"),

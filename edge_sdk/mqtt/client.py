@@ -155,9 +155,9 @@ class Client:
         address = parse_url(broker_url)
         self._where = f"{address.host}:{address.port}"
         if transport is None:
-            from edge_sdk.mqtt.transports.paho import PahoTransport
+            from edge_sdk.mqtt.transports.choice import new_transport
 
-            transport = PahoTransport()
+            transport = new_transport()
         self._transport = transport
 
         self._reconnection = Reconnection(protocol)

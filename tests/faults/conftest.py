@@ -62,6 +62,12 @@ def open_scene(tmp_path: Path, engines: Path) -> Iterator[OpenScene]:
         yield make
 
 
+@pytest.fixture(params=["auto", "paho"])
+def each_transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The daemons of a test speak MQTT 5 by what is chosen where everything is installed, and then by paho."""
+    monkeypatch.setenv("EDGE_SDK_BROKER__TRANSPORT", request.param)
+
+
 @pytest.fixture
 def scene(open_scene: OpenScene) -> Scene:
     """A scene in which nothing is out of the ordinary yet."""

@@ -37,6 +37,7 @@ needs_mosquitto = pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not
 # The broker goes and comes back
 
 
+@pytest.mark.usefixtures("each_transport")
 def test_case_01_the_broker_restarts(scene: Scene) -> None:
     """A clean restart under load: serving again within 5 s, and every request is answered once."""
     for _ in range(2):
@@ -50,6 +51,7 @@ def test_case_01_the_broker_restarts(scene: Scene) -> None:
     assert report.kept, report
 
 
+@pytest.mark.usefixtures("each_transport")
 @pytest.mark.parametrize("persistence", ["true", "false"])
 def test_case_02_the_broker_is_killed(open_scene: OpenScene, persistence: str) -> None:
     """SIGKILL under load; with sessions on disk and without. What the broker lost, clients send again."""
@@ -128,6 +130,7 @@ def test_case_04_ten_minutes_without_a_broker(open_scene: OpenScene, gone: str) 
 # The line
 
 
+@pytest.mark.usefixtures("each_transport")
 def test_case_05_half_open(open_scene: OpenScene) -> None:
     """A connection that is dead without a word is noticed within twice the keepalive, and replaced."""
     scene = open_scene(clients=PATIENT, broker__keepalive_s="2")
@@ -144,6 +147,7 @@ def test_case_05_half_open(open_scene: OpenScene) -> None:
     assert report.kept, report
 
 
+@pytest.mark.usefixtures("each_transport")
 @pytest.mark.parametrize("way", ["to_daemon", "to_broker"])
 def test_case_06_a_reset_in_the_middle_of_a_message(open_scene: OpenScene, way: str) -> None:
     """Half a request is never computed, and half an answer is sent again as a whole."""

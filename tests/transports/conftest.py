@@ -20,6 +20,7 @@ from edge_sdk.mqtt.transports.base import (
 )
 from edge_sdk.mqtt.transports.memory import MemoryBroker
 from edge_sdk.mqtt.transports.paho import PahoTransport
+from tests.authority import Authority
 from tests.brokers import MOSQUITTO, NO_WEBSOCKETS, eventually, running_amqtt, running_mosquitto
 
 
@@ -45,7 +46,8 @@ class Kind:
     """Why the broker takes minutes to send a large message; empty where it does not."""
 
     def options(self, client_id: str = "one", **changes: Any) -> ConnectOptions:
-        return ConnectOptions("127.0.0.1", self.port, client_id, version=self.version, **{**self.more, **changes})
+        given = {"host": "127.0.0.1", **self.more, **changes}
+        return ConnectOptions(port=self.port, client_id=client_id, version=self.version, **given)
 
 
 SLOW = "mosquitto 2.0 sends 4 KB each tenth of a second over a WebSocket; test_websocket.py has long messages"
@@ -57,13 +59,25 @@ class KillableMemoryBroker(MemoryBroker):
 
 
 KINDS = (
+    "mqtt5 5, mosquitto",
+    "mqtt5 5, mosquitto, TLS",
     "paho 5, mosquitto",
     "paho 3.1.1, mosquitto",
     "paho 3.1.1, amqtt",
-    "paho 5, WebSocket",
+    "mqtt5 5, WebSocket",
     "memory 5",
     "memory 3.1.1",
 )
+
+
+def transport_of(library: str) -> Callable[[], Transport]:
+    """The class for a name that begins with `paho` or `mqtt5`; skips where that is not installed."""
+    if library.startswith("paho"):
+        return PahoTransport
+    pytest.importorskip("mqtt5", reason="the codec mqtt5 is not installed")
+    from edge_sdk.mqtt.transports.mqtt5 import Mqtt5Transport
+
+    return Mqtt5Transport
 
 
 @pytest.fixture(params=KINDS)
@@ -83,15 +97,21 @@ def kind(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Kind]:
         pytest.importorskip("wsproto", reason="wsproto is not installed")
         with running_mosquitto(tmp_path, websockets=True) as broker:
             assert broker.websockets_port is not None
-            more = {"websocket_path": "/mqtt"}
+            more: dict[str, Any] = {"websocket_path": "/mqtt"}
             yield Kind(
-                name, version, broker, PahoTransport, broker.websockets_port, remembers=True, more=more, slow=SLOW
+                name, version, broker, transport_of(name), broker.websockets_port, remembers=True, more=more, slow=SLOW
             )
     else:
         if MOSQUITTO is None:
             pytest.skip("mosquitto is not installed")
-        with running_mosquitto(tmp_path) as broker:
-            yield Kind(name, version, broker, PahoTransport, broker.port, remembers=True)
+        lines: list[str] = []
+        more = {}
+        if name.endswith("TLS"):
+            certificate, key = (authority := Authority(tmp_path)).certificate("server")
+            lines = [f"certfile {certificate}", f"keyfile {key}"]
+            more = {"host": "localhost", "tls": True, "tls_ca_file": str(authority.file)}
+        with running_mosquitto(tmp_path, lines=lines) as broker:
+            yield Kind(name, version, broker, transport_of(name), broker.port, remembers=True, more=more)
 
 
 class Driver:

@@ -119,6 +119,17 @@ class Inbox:
         self._start = stop
         return buffer[start], buffer[position:stop]
 
+    def unread(self) -> memoryview:
+        """What is here, from the next packet on; good until the next `room`."""
+        return self._buffer[self._start : self._end]
+
+    def take(self, size: int) -> None:
+        """The next packet was read, out of `unread`, and had `size` bytes; MalformedPacket if that is too many."""
+        if size > self.largest:
+            raise MalformedPacket(f"a packet of {size:,} bytes; at most {self.largest:,} were announced")
+        self._start += size
+        self._expected = 0
+
     def peek(self) -> tuple[int, memoryview]:
         """The first byte, and as much of the body as is here, of the packet that `next_packet` found oversize."""
         position = self._start + 1
