@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ def test_case_23_certificates_are_rotated_on_both_sides(
 ) -> None:
     """Authority, certificates and keys of everybody are replaced under way: the next connection uses them.
 
-    A certificate that is replaced before its key fits nothing for a moment; that is told, and passes by itself.
+    That ours ends soon is told before, and that everybody here can read its key. A certificate that is replaced before
+    its key fits nothing for a moment; that is told, too, and passes by itself.
     """
     place = tmp_path / "certificates"
     place.mkdir()
@@ -95,9 +97,10 @@ def test_case_23_certificates_are_rotated_on_both_sides(
             made = made_by.file if path is ca else made_by.folder / path.name
             path.write_bytes(made.read_bytes())
 
+    soon = (datetime.now(timezone.utc) + timedelta(days=5)).strftime("%y%m%d%H%M%SZ")
     for one in (authority, second):
         for name, host in (("server", "localhost"), ("daemon", "daemon"), ("client", "client")):
-            one.certificate(name, host=host)
+            one.certificate(name, host=host, ends=soon if name == "daemon" and one is authority else "")
     install(authority)
     lines = [f"cafile {ca}", f"certfile {server}", f"keyfile {server_key}", "require_certificate true"]
     with running_mosquitto(tmp_path, lines=lines) as broker:
@@ -108,6 +111,7 @@ def test_case_23_certificates_are_rotated_on_both_sides(
         with Client(url, access=access, device=DEVICE, timeout_s=60) as client:
             daemon.wait_for_state(client, "scale", "READY")
             before = client.infer("scale", numbers(2.0))
+            eventually(lambda: f"{ours} expires in 5 days" in daemon.said(), "told ahead")
             broker.stop()
             install(second, ca, server, server_key, ours, theirs, their_key)
             broker.start()
@@ -116,6 +120,7 @@ def test_case_23_certificates_are_rotated_on_both_sides(
             after = client.infer("scale", numbers(3.0))
             reconnects = client.statistics.reconnects
 
+    assert f"may read {our_key}" in daemon.said()
     assert (4.0, 6.0) == (doubled(before.raw)[0], doubled(after.raw)[0])
     assert reconnects >= 1
 
