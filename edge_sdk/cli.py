@@ -2,7 +2,7 @@
 
 Errors are one readable paragraph on stderr and an exit code: 0 done; 1 a defect of ours; 2 wrong usage; 3 the input is
 at fault (model, spec, data, package, settings); 4 this machine lacks something (profile, backend); 5 the broker; 6 no
-answer, an error for an answer, or a wrong one; 130 interrupted.
+answer, an error for an answer, or a wrong one; 7 something hung; 130 interrupted.
 
 Rooms are imported inside the commands, so that `--help` is quick and a device that only serves needs no builder.
 """

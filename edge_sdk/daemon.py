@@ -33,7 +33,8 @@ from typing import TYPE_CHECKING, Any
 from edge_sdk.backends.registry import usable_profile
 from edge_sdk.errors import (
     DeadlineExceeded,
-    DeviceLost,
+    EngineFailed,
+    EngineHung,
     IdReused,
     ProfileError,
     QueueFull,
@@ -44,6 +45,7 @@ from edge_sdk.errors import (
 from edge_sdk.mqtt import presence
 from edge_sdk.mqtt.access import BrokerAccess
 from edge_sdk.mqtt.codec import Codec
+from edge_sdk.mqtt.identity import key_of
 from edge_sdk.mqtt.link import Link, QoS
 from edge_sdk.mqtt.session import Record, ReplyRoute, Session
 from edge_sdk.mqtt.topics import Topics
@@ -63,12 +65,14 @@ from edge_sdk.runtime import host
 from edge_sdk.runtime.batching import QueueLimits
 from edge_sdk.runtime.memory import budget_for
 from edge_sdk.runtime.messages import Answer
+from edge_sdk.runtime.recorder import FlightRecorder
 from edge_sdk.runtime.served import ServedModel
 from edge_sdk.runtime.service import Service
 from edge_sdk.seldom import Seldom
 from edge_sdk.settings import Settings
 from edge_sdk.tasks.base import JSON
 from edge_sdk.tasks.oip import dump_json
+from edge_sdk.watch import Watch
 
 if TYPE_CHECKING:  # what few daemons use is loaded by those that do
     from edge_sdk.control import Control
@@ -142,6 +146,8 @@ class Daemon:
         self._journal = _opened_journal(settings, self._session)
         self._health = _opened_health(settings)
         host.return_large_pieces()
+        flights = settings.flights()
+        self._recorder = FlightRecorder() if flights is None else FlightRecorder.open(flights)
         machine = Machine.read()
         self._profile = _preferred_profile(settings, machine)
         self._service = Service(
@@ -153,12 +159,14 @@ class Daemon:
             limits=QueueLimits(settings.limits.max_queue, settings.limits.max_queue_bytes),
             newest_wins=settings.delivery == "fast",
             inline_ms=settings.serving.inline_ms,
-            on_lost=_end_lost,
+            on_lost=_end_failed,
             on_due=self._link.wake,
             store=settings.engine_cache,
             building=settings.building.enabled,
             budget_bytes=_memory_budget(settings, machine, self._profile),
+            recorder=self._recorder,
         )
+        self._watch = Watch(self._recorder, hang_s=settings.serving.hang_s, on_hang=_end_failed)
         self._control = self._new_control(tickets) if settings.commands.enabled else None
         self._routes: dict[int, tuple[Session, ReplyRoute, float]] = {}  # ticket -> where the answer goes, by when
         self._answers: deque[Answer] = deque()  # appended by any thread
@@ -187,6 +195,7 @@ class Daemon:
         self._owner = threading.get_ident()
         with _Signals(self._on_stop_signal, self._on_reload_signal):
             self._service.start()
+            self._watch.start()
             while not self._stop_requested:
                 self._turn(taking=True)
             return self._shut_down()
@@ -205,6 +214,7 @@ class Daemon:
 
     def _turn(self, *, taking: bool) -> None:
         now = time.monotonic()
+        self._watch.turns += 1
         self._link.keep_up(now)
         for event in self._poll(now):
             if isinstance(event, Received):
@@ -277,7 +287,7 @@ class Daemon:
                 raise IdReused("This id was used before, with another payload.", fix="Give each request its own.")
             if self._rates is not None:
                 self._check_rate(self._rates, self._codec.client(message, address), now)
-            request = self._codec.request(event, address, intake.ticket, now)
+            request = self._codec.request(event, address, intake.ticket, now, self._key(message, route))
         except RequestError as exc:
             self._answers.append(Answer(intake.ticket, exc))
             return
@@ -293,6 +303,10 @@ class Daemon:
                 fix="Try again later.",
                 retry_after_ms=math.ceil(wait_s * 1000),
             )
+
+    def _key(self, message: Message, route: ReplyRoute) -> int:
+        """What tells the request from others when the broker gives it to the next daemon; QoS 0 it gives to none."""
+        return key_of(message, route) if message.qos else 0
 
     def _note_unroutable(self, message: Message, now: float) -> None:
         """Count it, and say so at most once a minute: its sender waits for an answer that cannot come."""
@@ -587,7 +601,8 @@ class Daemon:
         log.info("Stopping: %d requests to finish.", self._service.waiting())
         self._notifier.stopping()
         drain_s = self._settings.limits.drain_s
-        hard_stop = threading.Timer(drain_s + HARD_STOP_S, _end_now)
+        self._watch.stop()  # from here on this limit holds
+        hard_stop = threading.Timer(drain_s + HARD_STOP_S, self._end_now)
         hard_stop.daemon = True
         hard_stop.start()
         deadline = time.monotonic() + drain_s
@@ -606,6 +621,7 @@ class Daemon:
         self._link.close(send_will=not self._session.idle)
         left = self._service.waiting()
         self._service.stop(limit_s=2.0)
+        self._recorder.close()
         hard_stop.cancel()
         if self._journal is not None:
             self._journal.close()
@@ -632,6 +648,11 @@ class Daemon:
     def _note_change(self) -> None:
         self._changed = True
         self._link.wake()
+
+    def _end_now(self) -> None:
+        log.error("The stop took too long and is cut short; the broker has what was not finished.")
+        self._recorder.excuse()
+        os._exit(1)
 
     def _on_stop_signal(self, _number: int, _frame: FrameType | None) -> None:
         self.stop()
@@ -729,13 +750,13 @@ def _memory_budget(settings: Settings, machine: Machine, profile: DeviceProfile 
 _ending = threading.Lock()
 
 
-def _end_lost(loss: DeviceLost) -> None:
-    """End the process, on whichever thread computed; the others will find their engines in the same state."""
+def _end_failed(failure: EngineFailed) -> None:
+    """End the process, on whichever thread noticed: a device is lost, and every engine on it will find the same; or a
+    computation hangs, and then the stack of every thread is worth having."""
     if _ending.acquire(blocking=False):
-        log.critical("%s Ending, to be started anew; the broker has what was not answered.", loss)
-        os._exit(loss.exit_code)
+        log.critical("%s Ending, to be started anew; the broker has what was not answered.", failure)
+        if isinstance(failure, EngineHung):
+            import faulthandler
 
-
-def _end_now() -> None:
-    log.error("The stop took too long and is cut short; the broker has what was not finished.")
-    os._exit(1)
+            faulthandler.dump_traceback()
+        os._exit(failure.exit_code)

@@ -10,7 +10,8 @@
     |- BackendError            the runtime under an engine
     |  |- BackendUnavailable   not installed here; the message names what to install
     |  |- EngineFailed         it was asked to build, load or infer, and could not
-    |  |  `- DeviceLost        the accelerator is in a state that only a new process ends
+    |  |  |- DeviceLost        the accelerator is in a state that only a new process ends
+    |  |  `- EngineHung        it does not come back from a computation, and only a new process ends that
     |  `- EngineUnfit          there is no compiled engine that may be loaded here; the graph beside it still is
     |- SettingsError           edge-sdk.toml, EDGE_SDK_* variables, command line
     |- BrokerError             the MQTT broker: unreachable, refusing, gone
@@ -37,7 +38,7 @@ program may want are attributes. Foreign exceptions are translated once, at the 
 
 Command-line exit codes: 0 done; 1 a defect of ours; 2 wrong usage; 3 the input is at fault (model, spec, data,
 package, settings); 4 this machine lacks something (profile, backend); 5 the broker; 6 no answer, an error for an
-answer, or a wrong one; 130 interrupted.
+answer, or a wrong one; 7 something hung, and the daemon ended itself to be started anew; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -113,6 +114,12 @@ class EngineFailed(BackendError):
 
 class DeviceLost(EngineFailed):
     """Every further call would fail in the same way: nothing this process can do helps, a restart does."""
+
+
+class EngineHung(EngineFailed):
+    """What has been computing for longer than anything may; the process ends with it."""
+
+    exit_code = 7
 
 
 class EngineUnfit(BackendError):

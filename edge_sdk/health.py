@@ -148,6 +148,14 @@ class _Collector:
         ):
             if key in stats:
                 yield GaugeMetricFamily(name, text, value=stats[key])
+        for key, value in stats.get("quarantine", {}).items():
+            if key == "refused":
+                yield CounterMetricFamily(
+                    "edge_sdk_quarantine_refused", "Answers to requests that ended former processes", value=value
+                )
+            else:
+                text = f"Requests that former processes ended with: {key}"
+                yield GaugeMetricFamily(f"edge_sdk_quarantine_{key}", text, value=value)
         for key, value in stats.get("mqtt", {}).items():
             if key == "unsent":
                 yield GaugeMetricFamily("edge_sdk_mqtt_unsent", "Answers that wait for the broker", value=value)

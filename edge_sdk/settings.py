@@ -13,9 +13,11 @@ import ipaddress
 import os
 import re
 import socket
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_origin
+from zlib import crc32
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
@@ -124,6 +126,9 @@ class Serving(Table):
     busy_poll_us: int = Field(default=500, ge=0, le=10_000)
     """How long the daemon looks for the next message without sleeping, after one. It costs at most this much processor
     time for each message that stays the last, and saves being woken; 0 never does it."""
+    hang_s: float = Field(default=60.0, ge=0)
+    """A batch that computes for longer ends the daemon, to be started anew: nothing else ends what hangs in native
+    code. 0: it may take for ever."""
     profile: str | None = None
     """The device profile preferred where a model was built for several; None: the one detected."""
 
@@ -205,6 +210,22 @@ class Settings(Table):
                 fix="Name one with `state` or EDGE_SDK_STATE.",
             )
         return Path(folder) / JOURNAL
+
+    def flights(self) -> Path | None:
+        """The file that says what is being computed; None where nothing is given to the next daemon again.
+
+        It has to outlive a process and not a machine, so it is in memory where there is such a folder: systemd's
+        RuntimeDirectory, else `state`, else the session's, else the one for temporary files.
+        """
+        if self.delivery == "fast":
+            return None
+        name = f"{self.device}-{crc32(f'{self.root} {self.broker.url}'.encode()):08x}.flights"
+        if folder := os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0] or self.state:
+            return Path(folder) / name
+        if folder := os.environ.get("XDG_RUNTIME_DIR"):
+            return Path(folder) / "edge-sdk" / name
+        user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
+        return Path(tempfile.gettempdir()) / f"edge-sdk-{user}" / name
 
     @model_validator(mode="after")
     def _nameable(self) -> Settings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -14,6 +15,14 @@ from edge_sdk.package import EnginePackage
 # How long an example may take says more about the machine's other work than about ours.
 hypothesis.settings.register_profile("edge-sdk", deadline=None)
 hypothesis.settings.load_profile("edge-sdk")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_runtime_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Daemons note what they compute in a folder of this run: crashes of another run are no concern of theirs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+        yield
 
 
 @pytest.fixture(scope="session")

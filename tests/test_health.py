@@ -24,6 +24,7 @@ STATS = {
         "gpu_load_percent": 43.0,
         "memory_available_bytes": 3_072_000_000,
     },
+    "quarantine": {"suspects": 1, "barred": 2, "refused": 3},
     "mqtt": {"received": 7, "duplicates": 1, "unsent": 2},
     "models": {
         "digits/1": {

@@ -57,8 +57,8 @@ class Codec:
         """Who asks, as far as the message tells."""
         return address.client or self.topics.client_of(message.properties.response_topic)
 
-    def request(self, received: Received, address: InferTopic, ticket: int, now: float) -> Request:
-        """The request in a message; raises Malformed, TooLarge or UnsupportedType."""
+    def request(self, received: Received, address: InferTopic, ticket: int, now: float, key: int = 0) -> Request:
+        """The request in a message; raises Malformed, TooLarge or UnsupportedType. `key` as in Request."""
         message, properties = received.message, received.message.properties
         payload_bytes = received.skipped_bytes or len(message.payload)
         if payload_bytes > self.max_payload_bytes:
@@ -84,6 +84,7 @@ class Codec:
             client=self.client(message, address),
             priority=_priority(properties.user_value("priority")),
             id=address.number or properties.correlation_data,
+            key=key,
         )
 
     def message(self, answer: Answer, route: ReplyRoute, remaining_s: float) -> Message:

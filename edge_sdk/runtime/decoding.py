@@ -94,6 +94,7 @@ class Stage:
         *,
         on_ready: Callable[[], None],
         clock: Callable[[], float],
+        decode: Callable[[Worker, Request], Result] = Worker.decode,
     ) -> None:
         """When a batch is whole, `lock` is notified and `on_ready` called without it, on a thread of the decoders."""
         self._planner = planner
@@ -101,6 +102,7 @@ class Stage:
         self._lock = lock
         self._on_ready = on_ready
         self._clock = clock
+        self._decode_with = decode
         self._batches: deque[_Batch] = deque()
         self.waiting = 0
         """How many requests are in it."""
@@ -164,7 +166,7 @@ class Stage:
         """On a decoder's thread. What nobody waits for any more is left as it is."""
         result = None
         if not batch.cancelled and request.deadline > self._clock():
-            result = batch.worker.decode(request)
+            result = self._decode_with(batch.worker, request)
         with self._lock:
             if result is not None:
                 batch.decoded[request.ticket] = result

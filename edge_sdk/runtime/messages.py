@@ -32,6 +32,8 @@ class Request:
     """0 to 9; the higher comes first."""
     id: bytes | str | None = None
     """What the client calls it, if anything."""
+    key: int = 0
+    """64 bits that are the same when the same request comes again, also to another process; 0: it never does."""
 
     def __repr__(self) -> str:
         return f"<Request {self.ticket} for {self.model}, {len(self.payload.data)} bytes>"

@@ -16,18 +16,26 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from edge_sdk.errors import DeadlineExceeded, DeviceLost, RequestError, Unavailable
 from edge_sdk.package import EnginePackage
 from edge_sdk.runtime.batching import BatchPlanner, Plan, QueueLimits
 from edge_sdk.runtime.decoding import Decoders, Result, Stage
 from edge_sdk.runtime.messages import Answer, Request
+from edge_sdk.runtime.recorder import Flight, FlightRecorder
 from edge_sdk.runtime.sequences import Sequences
 from edge_sdk.runtime.statistics import Statistics
 from edge_sdk.runtime.worker import Worker
+
+if TYPE_CHECKING:  # only a daemon that starts after a crash has one
+    from edge_sdk.runtime.solitary import Gate
+
+_ALONE_S, _ALONE_BATCHES = 5.0, 10.0
+"""What a suspect may take that is computed alone, while everybody waits: so many seconds, and times a warm batch."""
 
 State = Literal["LOADING", "READY", "BUILDING", "UNAVAILABLE"]
 
@@ -73,6 +81,8 @@ class ServedModel:
         on_due: Callable[[], None] = lambda: None,
         on_called: Callable[[ServedModel], float] = never_called,
         clock: Callable[[], float],
+        recorder: FlightRecorder | None = None,
+        gate: Gate | None = None,
     ) -> None:
         """`on_lost` is told on the computing thread. The requests that were being computed then get no answer.
 
@@ -81,6 +91,8 @@ class ServedModel:
 
         `on_called` is to bring back the worker of a model that is out of memory, and says in how many seconds it will
         be there. It must only take note.
+
+        `recorder` is told of what is being computed; `gate` is passed by whoever computes.
         """
         self.model = model
         self.version = version
@@ -100,6 +112,9 @@ class ServedModel:
         self._on_lost = on_lost
         self._on_called = on_called
         self._clock = clock
+        self._recorder = recorder or FlightRecorder()
+        self._gate = gate
+        self._flights: deque[Flight] = deque()  # of the worker in use, in the order in which they were started
         self._changed = threading.Condition()  # guards everything below
         self._newest_wins = newest_wins
         self._planner = BatchPlanner(batch=1, limits=limits, newest_wins=newest_wins)
@@ -260,7 +275,12 @@ class ServedModel:
                 self._take_over_sequences(worker)
                 if self._stage is None and self._decoders is not None and worker.task.takes_pictures:
                     self._stage = Stage(
-                        self._planner, self._decoders, self._changed, on_ready=self._on_due, clock=self._clock
+                        self._planner,
+                        self._decoders,
+                        self._changed,
+                        on_ready=self._on_due,
+                        clock=self._clock,
+                        decode=self._decode,
                     )
                 self.quick = quick
                 self.state, self.reason, self.progress_percent = "READY", reason, None
@@ -325,12 +345,54 @@ class ServedModel:
 
     def wake_at(self) -> float | None:
         """When the next batch is due; None while nothing waits."""
+        if self._gate is not None and self._gate.closed:
+            return None
         with self._changed:
             return self._due_at(self._clock()) if self._worker is not None else None
 
     def run_once(self) -> bool:
         """Compute the next batch, on this thread, if one is due; whether there was anything to do."""
-        return self._run(more=False)
+        return self._enter(more=False)
+
+    def has_worker_for(self, request: Request) -> bool:
+        """Whether `request` could be computed now; if its worker is out of memory, it is called.
+
+        Raises DeadlineExceeded or Unavailable where it is not worth waiting for.
+        """
+        with self._changed:
+            if (now := self._clock()) >= request.deadline:
+                raise self._late(request, now)
+            if self._lost:
+                raise self._unavailable()
+            if self._worker is None:
+                self._call_worker(request)
+            return self._worker is not None
+
+    def run_alone(self, request: Request) -> bool:
+        """Compute `request`, which is not queued, on this thread, while the gate is closed; False if it has no worker.
+
+        Raises as `has_worker_for` does.
+        """
+        with self._changed:
+            if not self.has_worker_for(request) or (worker := self._worker) is None:
+                return False
+            self._using = worker
+        limit_s = _ALONE_S + _ALONE_BATCHES * worker.batch_s
+        self._compute(worker, [request], _NOTHING, self._clock(), more=False, limit_s=limit_s)
+        with self._changed:
+            self._changed.notify()  # our thread has waited for this one to be done
+        return not self._lost
+
+    def _enter(self, *, more: bool) -> bool:
+        """As `_run`, past the gate where there is one."""
+        if (gate := self._gate) is None:
+            return self._run(more=more)
+        if not gate.enter(wait=more):
+            return False
+        try:
+            return self._run(more=more)
+        finally:
+            gate.leave()
 
     def _run(self, *, more: bool) -> bool:
         """As `run_once`; with `more`, go on as long as another batch is due before the last one is computed."""
@@ -359,11 +421,18 @@ class ServedModel:
         return self._planner.wake_at(now) if self._stage is None else self._stage.due_at(now)
 
     def _compute(
-        self, worker: Worker, batch: Sequence[Request], decoded: Mapping[int, Result], now: float, *, more: bool
+        self,
+        worker: Worker,
+        batch: Sequence[Request],
+        decoded: Mapping[int, Result],
+        now: float,
+        *,
+        more: bool,
+        limit_s: float = math.inf,
     ) -> None:
         self.last_used = now
         try:
-            self._start(worker, batch, decoded)
+            self._start(worker, batch, decoded, limit_s)
             while worker.in_flight:
                 if more and worker.has_room:
                     following, decoded = self._following(worker)
@@ -371,6 +440,7 @@ class ServedModel:
                         self._start(worker, following, decoded)
                         continue
                 answers = worker.finish()
+                self._recorder.end(self._flights.popleft())
                 began, now = now, self._clock()
                 self.last_used = now
                 self._planner.computed(len(answers), now - began)
@@ -381,14 +451,33 @@ class ServedModel:
             self._on_lost(exc)
         finally:
             if not self._lost:  # otherwise it stays in use: nobody computes with it or closes it any more
+                while self._flights:  # none, unless a defect of ours left some on their way
+                    self._recorder.end(self._flights.popleft())
                 self._release(worker)
 
-    def _start(self, worker: Worker, batch: Sequence[Request], decoded: Mapping[int, Result]) -> None:
+    def _decode(self, worker: Worker, request: Request) -> Result:
+        """Decode `request` beside everything else: that can end the process, too."""
+        if (gate := self._gate) is not None:
+            gate.enter(wait=True)
+        flight = self._recorder.begin(self.model, (request,))
+        try:
+            return worker.decode(request)
+        finally:
+            self._recorder.end(flight)
+            if gate is not None:
+                gate.leave()
+
+    def _start(
+        self, worker: Worker, batch: Sequence[Request], decoded: Mapping[int, Result], limit_s: float = math.inf
+    ) -> None:
         self.statistics.count_batch(len(batch))
+        self._flights.append(self._recorder.begin(self.model, batch, limit_s))
         worker.start(batch, decoded)
 
     def _following(self, worker: Worker) -> tuple[Sequence[Request], Mapping[int, Result]]:
         """The next batch for a worker that has one on its way; none once it was swapped or retired."""
+        if self._gate is not None and self._gate.closed:
+            return (), _NOTHING
         with self._changed:
             if self._worker is not worker:
                 return (), _NOTHING
@@ -408,9 +497,7 @@ class ServedModel:
 
     def _turn_away(self, expired: Sequence[Request], now: float) -> None:
         for request in expired:
-            waited_ms = (now - request.received) * 1000
-            error = DeadlineExceeded(f"The request waited {waited_ms:.0f} ms for {self.model}; its deadline passed.")
-            self._finish(Answer(request.ticket, error, self.version))
+            self._finish(Answer(request.ticket, self._late(request, now), self.version))
 
     def _work(self) -> None:
         """The life of the thread of a model that is not quick."""
@@ -420,7 +507,7 @@ class ServedModel:
                     self._changed.wait(pause)
                 if self._ended:
                     return
-            self._run(more=True)
+            self._enter(more=True)
 
     @property
     def _ended(self) -> bool:
@@ -433,6 +520,10 @@ class ServedModel:
         now = self._clock()
         due = self._due_at(now)
         return None if due is None else max(0.0, due - now)
+
+    def _late(self, request: Request, now: float) -> DeadlineExceeded:
+        waited_ms = (now - request.received) * 1000
+        return DeadlineExceeded(f"The request waited {waited_ms:.0f} ms for {self.model}; its deadline passed.")
 
     def _out_of_memory(self, expected_s: float) -> RequestError:
         self.called_in_vain += 1

@@ -34,7 +34,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edge_sdk.backends.registry import check_store, discard, prefers_compiled
 from edge_sdk.errors import (
@@ -56,11 +56,15 @@ from edge_sdk.runtime.catalog import Entry, Key, newest_first, scan, to_load
 from edge_sdk.runtime.decoding import Decoders
 from edge_sdk.runtime.memory import MIN_TURN_S, Books
 from edge_sdk.runtime.messages import Answer, Request
+from edge_sdk.runtime.recorder import FlightRecorder
 from edge_sdk.runtime.residence import NoRoomNow, Residence
 from edge_sdk.runtime.served import ServedModel, ignore_loss
 from edge_sdk.runtime.statistics import Statistics
 from edge_sdk.runtime.succession import Successions
 from edge_sdk.runtime.worker import Worker
+
+if TYPE_CHECKING:  # only a daemon that starts after a crash has one
+    from edge_sdk.runtime.solitary import Solitary
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +91,7 @@ class Service:
         store: Path | None = None,
         building: bool = True,
         budget_bytes: int | None = None,
+        recorder: FlightRecorder | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """What is called is called from any thread, and all but `on_lost` must only take note.
@@ -97,6 +102,7 @@ class Service:
 
         `on_lost` is told that a device is in a state which only a new process ends. What was being computed gets no
         answer. `store` is the folder for engines that are built here (None: the user's own), if `building` allows it.
+        `recorder` is told of what is being computed, and knows what former processes ended with.
         """
         self.statistics = Statistics()
         self._engines = engines
@@ -111,6 +117,12 @@ class Service:
         self._newest_wins = newest_wins
         self._inline_s = inline_ms / 1000
         self._clock = clock
+        self._recorder = recorder or FlightRecorder()
+        self._solitary: Solitary | None = None
+        if self._recorder.quarantine:
+            from edge_sdk.runtime.solitary import Solitary
+
+            self._solitary = Solitary(self._recorder, on_answer=self._finish, on_change=on_change)
         # Both are replaced as a whole and never changed, so readers need no lock.
         self._models: dict[Key, ServedModel] = {}
         self._by_name: dict[str, list[ServedModel]] = {}
@@ -167,7 +179,9 @@ class Service:
     def submit(self, request: Request) -> None:
         """Take a request. Its answer comes through `on_answer`, perhaps before this returns."""
         try:
-            self._find(request).submit(request)
+            model = self._find(request)
+            if self._solitary is None or not self._solitary.takes(model, request):
+                model.submit(request)
         except RequestError as exc:
             self._finish(Answer(request.ticket, exc))
 
@@ -205,7 +219,8 @@ class Service:
 
     def waiting(self) -> int:
         """How many requests wait or are being computed."""
-        return sum(model.waiting for model in self._models.values())
+        waiting = sum(model.waiting for model in self._models.values())
+        return waiting if self._solitary is None else waiting + len(self._solitary)
 
     def snapshot(self) -> dict[str, Any]:
         """Counts and timings, of everything and of each model; JSON-ready."""
@@ -219,7 +234,8 @@ class Service:
             }
             for model in self.models()
         }
-        return {**self.statistics.snapshot(), "waiting": self.waiting(), "models": models}
+        quarantine = {} if self._solitary is None else {"quarantine": self._solitary.snapshot()}
+        return {**self.statistics.snapshot(), "waiting": self.waiting(), **quarantine, "models": models}
 
     @property
     def moves(self) -> int:
@@ -246,6 +262,8 @@ class Service:
         self._successions.stop()
         self._decoders.stop()
         self._orders.put(None)
+        if self._solitary is not None:
+            self._solitary.stop()
         for model in self._models.values():
             model.retire()
         for model in self._models.values():
@@ -412,6 +430,8 @@ class Service:
             on_due=self._on_due,
             on_called=self._call,
             clock=self._clock,
+            recorder=self._recorder,
+            gate=None if self._solitary is None else self._solitary.gate,
         )
         if key in self._unloaded:  # a place that says so
             model.fail("It was unloaded; the command `load` brings it back.")
