@@ -160,6 +160,14 @@ def command_device(
         return client.command(name, arguments)
 
 
+def device_stats(
+    device: str | None, *, settings: Settings, client_id: str | None = None, timeout_s: float
+) -> dict[str, Any]:
+    """The next statistics of a device; raises NoAnswer, BrokerError."""
+    with _client(settings, device, client_id) as client:
+        return client.stats(timeout_s=timeout_s)
+
+
 def bench_package(package: Path, data: bytes | None, *, concurrency: int, seconds: float) -> BenchResult:
     """A package in this process; without `data`, zeros are sent."""
     opened = EnginePackage.open(package)

@@ -523,6 +523,30 @@ def command(
     click.echo(_json(data) if as_json else "\n".join(_settings_lines(data)) or "done")
 
 
+@main.command(short_help="Who holds what on a device.")
+@click.argument("device", required=False)
+@click.option("--timeout", default=30.0, show_default=True, help="Seconds to wait for the next figures.")
+@_with_broker
+@_with_json
+def stats(
+    device: str | None, timeout: float, config: Path | None, broker: str | None, client: str | None, as_json: bool
+) -> None:
+    """Show the next figures that DEVICE publishes: memory by holder and by model, answers, the machine.
+
+    By default the only device that is online. They come every ten seconds unless the device is told otherwise.
+
+    \b
+    Examples:
+      edge-sdk stats
+      edge-sdk stats door-cam --json
+    """
+    from edge_sdk.asking import device_stats
+    from edge_sdk.overview import overview
+
+    found = device_stats(device, settings=_at(broker, config), client_id=client, timeout_s=timeout)
+    click.echo(_json(found) if as_json else overview(found))
+
+
 @main.command(short_help="Throughput and latency.")
 @click.argument("target")
 @click.option("--input", "source", metavar="FILE", help="What to send; by default zeros.")

@@ -161,8 +161,43 @@ class _Collector:
                 yield GaugeMetricFamily("edge_sdk_mqtt_unsent", "Answers that wait for the broker", value=value)
             elif isinstance(value, int):
                 yield CounterMetricFamily(f"edge_sdk_mqtt_{key}", f"MQTT messages: {key}", value=value)
+        yield from self._of_memory()
         yield from self._of_machine()
         yield from self._of_models()
+
+    def _of_memory(self) -> Iterator[Any]:
+        """Who holds what: the box, and each model by what it is booked with, was thought to take, and took."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        memory = self._stats.get("memory", {})
+        if (budget := memory.get("budget_bytes")) is not None:
+            yield GaugeMetricFamily("edge_sdk_memory_budget_bytes", "What all models may hold together", value=budget)
+        held = GaugeMetricFamily("edge_sdk_memory_bytes", "What is held, by holder", labels=["holder"])
+        for holder in ("models", "queue", "answer_cache", "outbox", "journal"):
+            if (key := f"{holder}_bytes") in memory:
+                held.add_metric([holder], memory[key])
+        yield held
+        for key, text in (
+            ("evictions", "Models that made room for others"),
+            ("reloads", "Models that came back"),
+            ("refusals", "Requests that could not wait for their model to come back"),
+        ):
+            if key in memory:
+                yield CounterMetricFamily(f"edge_sdk_memory_{key}", text, value=memory[key])
+        families = {
+            key: GaugeMetricFamily(name, text, labels=["model", "version"])
+            for key, name, text in (
+                ("held_bytes", "edge_sdk_model_memory_bytes", "What a model holds; 0 while it is away"),
+                ("declared_bytes", "edge_sdk_model_declared_bytes", "What its package makes one expect"),
+                ("measured_bytes", "edge_sdk_model_measured_bytes", "What it took when it was loaded last"),
+                ("resident", "edge_sdk_model_resident", "Whether it is in memory"),
+            )
+        }
+        for name, figures in self._stats.get("models", {}).items():
+            for key, family in families.items():
+                if (value := figures.get("memory", {}).get(key)) is not None:
+                    family.add_metric(name.split("/", 1), value)
+        yield from families.values()
 
     def _of_machine(self) -> Iterator[Any]:
         """What `edge_sdk.sensors` reads, in base units; a figure that the machine does not tell has no metric."""

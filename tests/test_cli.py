@@ -419,7 +419,8 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
 @pytest.fixture(scope="module")
 def url(broker: Broker, digits: EnginePackage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A broker with one daemon that serves the digits."""
-    with running_daemon(digits.path.parent, broker.url, tmp_path_factory.mktemp("daemon"), ready=["digits"]):
+    folder = tmp_path_factory.mktemp("daemon")
+    with running_daemon(digits.path.parent, broker.url, folder, ready=["digits"], stats_interval_s="0.5"):
         yield broker.url
 
 
@@ -438,6 +439,29 @@ def test_a_device_answers_as_the_package_does(url: str, digits: EnginePackage) -
     del over["device"]
 
     assert here == over
+
+
+def test_a_device_says_who_holds_what(url: str) -> None:
+    """The next document of its stats topic, whole for a script, and in words."""
+    found = edge_sdk("stats", "--broker", url, "--json").json
+    said = edge_sdk("stats", DEVICE, "--broker", url, "--timeout", "25").out
+
+    memory = found["models"]["digits/1"]["memory"]
+    assert memory["resident"]
+    assert 0 < memory["held_bytes"] == found["memory"]["models_bytes"] <= found["memory"]["budget_bytes"]
+    assert "READY" == found["models"]["digits/1"]["state"]
+    digits = next(line.split() for line in said.splitlines() if line.startswith("digits/1"))
+    assert ["digits/1", "READY"] == digits[:2]
+    assert f"{memory['held_bytes'] / (1e6 if memory['held_bytes'] >= 1e6 else 1e3):.1f}" == digits[2]
+    assert "answers kept" in said
+
+
+def test_a_device_that_says_nothing_is_no_answer(url: str) -> None:
+    """6, and what to look at."""
+    done = edge_sdk("stats", "nobody", "--broker", url, "--timeout", "0.2")
+
+    assert 6 == done.code
+    assert "nobody published no statistics within 0.2 s" in done.err
 
 
 def test_a_device_is_measured(url: str) -> None:

@@ -25,6 +25,17 @@ STATS = {
         "memory_available_bytes": 3_072_000_000,
     },
     "quarantine": {"suspects": 1, "barred": 2, "refused": 3},
+    "memory": {
+        "budget_bytes": 300_000_000,
+        "models_bytes": 11_000_000,
+        "queue_bytes": 40_000,
+        "answer_cache_bytes": 2_048,
+        "outbox_bytes": 0,
+        "journal_bytes": 8_192,
+        "evictions": 3,
+        "reloads": 2,
+        "refusals": 1,
+    },
     "mqtt": {"received": 7, "duplicates": 1, "unsent": 2},
     "models": {
         "digits/1": {
@@ -34,7 +45,35 @@ STATS = {
             "queue_ms": {"p50": 1.0, "p99": 9.0},
             "infer_ms": {"p50": 0.5, "p99": 0.75},
             "waiting": 4,
-        }
+            "state": "READY",
+            "memory": {
+                "resident": True,
+                "held_bytes": 11_000_000,
+                "declared_bytes": 9_000_000,
+                "measured_bytes": 11_000_000,
+                "evictions": 2,
+                "reloads": 2,
+                "queue_bytes": 40_000,
+            },
+        },
+        "away/1": {
+            "answers": {},
+            "batches": 0,
+            "mean_batch": 0.0,
+            "queue_ms": {"p50": 0.0, "p99": 0.0},
+            "infer_ms": {"p50": 0.0, "p99": 0.0},
+            "waiting": 0,
+            "state": "READY",
+            "memory": {
+                "resident": False,
+                "held_bytes": 0,
+                "declared_bytes": 5_000_000,
+                "measured_bytes": None,
+                "evictions": 1,
+                "reloads": 0,
+                "queue_bytes": 0,
+            },
+        },
     },
 }
 
@@ -107,6 +146,26 @@ def test_metrics_are_prometheus_text(health: Health) -> None:
     assert 7.0 == samples["edge_sdk_mqtt_received_total",]
     assert 2.0 == samples["edge_sdk_mqtt_unsent",]
     assert 84e6 == samples["edge_sdk_resident_bytes",]
+
+
+def test_metrics_tell_who_holds_what(health: Health) -> None:
+    """The box by holder, each model by itself; what was not measured has no sample."""
+    parser = pytest.importorskip("prometheus_client.parser", reason="the extra `metrics` is not installed")
+    health.update(STATS, ready=True)
+    samples = {
+        (sample.name.removeprefix("edge_sdk_"), *sample.labels.values()): sample.value
+        for family in parser.text_string_to_metric_families(get(health, "/metrics")[1])
+        for sample in family.samples
+    }
+
+    assert 300e6 == samples["memory_budget_bytes",]
+    assert 11e6 == samples["memory_bytes", "models"]
+    assert 2048.0 == samples["memory_bytes", "answer_cache"]
+    assert (3.0, 2.0, 1.0) == tuple(samples[f"memory_{what}_total",] for what in ("evictions", "reloads", "refusals"))
+    assert 11e6 == samples["model_memory_bytes", "digits", "1"]
+    assert (9e6, 5e6) == tuple(samples["model_declared_bytes", name, "1"] for name in ("digits", "away"))
+    assert (1.0, 0.0) == tuple(samples["model_resident", name, "1"] for name in ("digits", "away"))
+    assert ("model_measured_bytes", "away", "1") not in samples
 
 
 def test_metrics_tell_how_the_machine_is(health: Health) -> None:
