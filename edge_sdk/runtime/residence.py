@@ -8,7 +8,6 @@ is a measurement and not a proof; each time a model comes back it is measured ag
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -19,8 +18,6 @@ from edge_sdk.runtime import host
 from edge_sdk.runtime.memory import Account, Books, Estimate, Tenant
 from edge_sdk.runtime.served import ServedModel
 from edge_sdk.runtime.worker import Worker
-
-log = logging.getLogger(__name__)
 
 
 class NoRoomNow(EdgeSdkError):
