@@ -20,8 +20,8 @@ away, and neither is one that is *pinned*.
 What is held never is above the budget. Only while one is being loaded, and its runtime holds the file beside what it
 makes of it, a model may pass it that fits alone and leaves no room for that.
 
-`backends.residency` keeps such books for a GPU's memory, and is told of every use as it happens. Here that would be paid
-by every batch of every small model, so who was used when is asked only when somebody has to go.
+`backends.residency` keeps such books for a GPU's memory, and is told of every use as it happens. Here that would be
+paid by every batch of every small model, so who was used when is asked only when somebody has to go.
 """
 
 from __future__ import annotations
