@@ -149,6 +149,16 @@ def test_frames_are_joined_however_they_are_cut(
     assert b"".join(messages) == came
 
 
+def test_pings_that_nobody_lets_us_answer_are_not_kept() -> None:
+    """A server that pings for ever and never reads costs bounded memory."""
+    client, server = joined()
+    flood = b"".join(server.send(Ping(bytes(125))) for _ in range(5_000))
+    pipe = WebSocketPipe(Line(takes=[0] * 10_000, gives=[flood]), client)
+
+    assert pipe.receive(memoryview(bytearray(8))) is None
+    assert len(pipe._unsent) < 200_000
+
+
 # A web server in front of a broker
 
 
@@ -193,6 +203,8 @@ class Gateway:
                                 broker.sendall(event.data)
                             else:
                                 self.said.append(event)
+                            if isinstance(event, CloseConnection):
+                                return
                     if broker in ready:
                         if not (data := broker.recv(65_536)):
                             lines.remove(broker)

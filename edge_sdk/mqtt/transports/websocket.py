@@ -75,9 +75,8 @@ class WebSocketPipe(Pipe):
     def send(self, outbox: deque[Piece]) -> int | None:
         from wsproto.events import BytesMessage
 
-        if (
-            self._ended is not None
-        ):  # nobody hears it; that the end has come, `receive` tells, behind what was said before
+        if self._ended is not None:
+            # Nobody hears it. That the end has come is for `receive` to tell, behind what was said before.
             return sum(map(len, outbox))
         if not self._flush():
             return None
@@ -120,9 +119,11 @@ class WebSocketPipe(Pipe):
                 if event.data:  # nothing would look like the end
                     self._arrived.append(memoryview(event.data))
             elif isinstance(event, Ping):
-                # It goes out at once, or with what is sent next: a broker that pings is also sent MQTT's own pings.
-                self._unsent += self._connection.send(event.response())
-                self._flush()
+                # It goes out at once, or with what is sent next: a broker that pings is also sent MQTT's own pings. One
+                # that pings and does not read goes without (RFC 6455, 5.5.3, asks for the latest only).
+                if len(self._unsent) <= 2 * FRAME_BYTES:
+                    self._unsent += self._connection.send(event.response())
+                    self._flush()
             elif isinstance(event, TextMessage):
                 self._ended = "the broker sent text through the WebSocket, which MQTT never does (6.0.0)"
                 return
