@@ -159,18 +159,19 @@ class Daemon:
             limits=QueueLimits(settings.limits.max_queue, settings.limits.max_queue_bytes),
             newest_wins=settings.delivery == "fast",
             inline_ms=settings.serving.inline_ms,
-            on_lost=_end_failed,
+            on_lost=self._end_failed,
             on_due=self._link.wake,
             store=settings.engine_cache,
             building=settings.building.enabled,
             budget_bytes=_memory_budget(settings, machine, self._profile),
             recorder=self._recorder,
         )
-        self._watch = Watch(self._recorder, hang_s=settings.serving.hang_s, on_hang=_end_failed)
+        self._watch = Watch(self._recorder, hang_s=settings.serving.hang_s, on_hang=self._end_failed)
         self._control = self._new_control(tickets) if settings.commands.enabled else None
         self._routes: dict[int, tuple[Session, ReplyRoute, float]] = {}  # ticket -> where the answer goes, by when
         self._answers: deque[Answer] = deque()  # appended by any thread
         self._owner = threading.get_ident()
+        self._ending = threading.Lock()
         self._stop_requested = False
         self._reload_requested = False
         self._changed = False
@@ -649,6 +650,18 @@ class Daemon:
         self._changed = True
         self._link.wake()
 
+    def _end_failed(self, failure: EngineFailed) -> None:
+        """End the process, on whichever thread noticed: a device is lost, and every engine on it will find the same; or
+        a computation hangs, and then the stack of every thread is worth having."""
+        if self._ending.acquire(blocking=False):
+            log.critical("%s Ending, to be started anew; the broker has what was not answered.", failure)
+            self._recorder.confess()
+            if isinstance(failure, EngineHung):
+                import faulthandler
+
+                faulthandler.dump_traceback()
+            os._exit(failure.exit_code)
+
     def _end_now(self) -> None:
         log.error("The stop took too long and is cut short; the broker has what was not finished.")
         self._recorder.excuse()
@@ -745,18 +758,3 @@ def _memory_budget(settings: Settings, machine: Machine, profile: DeviceProfile 
         "Models may hold %s bytes of memory.", f"{budget_bytes:,}" if budget_bytes is not None else "any number of"
     )
     return budget_bytes
-
-
-_ending = threading.Lock()
-
-
-def _end_failed(failure: EngineFailed) -> None:
-    """End the process, on whichever thread noticed: a device is lost, and every engine on it will find the same; or a
-    computation hangs, and then the stack of every thread is worth having."""
-    if _ending.acquire(blocking=False):
-        log.critical("%s Ending, to be started anew; the broker has what was not answered.", failure)
-        if isinstance(failure, EngineHung):
-            import faulthandler
-
-            faulthandler.dump_traceback()
-        os._exit(failure.exit_code)

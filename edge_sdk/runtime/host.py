@@ -40,6 +40,16 @@ def limit_bytes(root: Path = _ROOT) -> int | None:
     return min((limit for limit in found if limit < 1 << 60), default=None)  # version 1 says "none" in a large number
 
 
+def memory_kills(root: Path = _ROOT) -> int:
+    """How many processes the kernel has ended because memory ran out: in our control group, else on the machine."""
+    for path in re.findall(r"^0::/(.*)$", _text(root / "proc/self/cgroup"), re.MULTILINE):
+        for mount in (root / "sys/fs/cgroup", root / "sys/fs/cgroup/unified"):
+            if found := re.search(r"^oom_kill (\d+)$", _text(mount / path / "memory.events"), re.MULTILINE):
+                return int(found[1])
+    found = re.search(r"^oom_kill (\d+)$", _text(root / "proc/vmstat"), re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
 def trim() -> None:
     """Give what was freed back to the system. glibc keeps it otherwise, for the process to use again; others do not."""
     if (malloc_trim := _malloc_trim()) is not None:

@@ -6,9 +6,11 @@ ever. And whatever was in the same batch looks just as guilty. So, of the keys t
 * After one crash each is a *suspect*. It is computed alone, with nothing else under way in the whole process (see
   `solitary`): if the process lives, it is acquitted; if not, there is no doubt left.
 * After `CRASHES` it is *barred*: answered with an error, and not computed before `BARRED_S` have passed.
+* A process that was killed may have been killed by anybody, for any reason, and again. So that makes suspects, too, and
+  bars only after `ENDS`: whoever was alone each time, so often in a row, did not meet somebody's `kill -9` by chance.
 
     quarantine = Quarantine(records)        # what former processes left
-    quarantine.crashed(keys, now)           # what the last one was computing when it ended
+    quarantine.ended(keys, now, killed=...) # what the last one was computing when it ended
     quarantine.verdict(key, now)            # "clear", "suspect" or "barred"
     quarantine.acquit(key)                  # it was computed, and the process lives
 
@@ -18,11 +20,13 @@ Times are seconds of a clock that outlives the process and starts anew with the 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 CRASHES = 2
-"""A first one may have been anybody's: somebody's `kill -9`, the request beside it, memory that ran out elsewhere."""
+"""A first one may have been anybody's: the request beside it, memory that ran out elsewhere."""
+ENDS = 8
+"""Crashes and kills together."""
 BARRED_S = 3600.0
 """As long as a broker keeps a session by our default settings: what it holds back for us is older then."""
 MAX_RECORDS = 256
@@ -37,6 +41,9 @@ class Record:
 
     key: int
     crashes: int
+    """It ended by itself: a fatal signal, a hang, memory that ran out."""
+    kills: int
+    """It was ended by somebody, or left no trace."""
     at: float
 
 
@@ -49,12 +56,13 @@ class Quarantine:
     def __bool__(self) -> bool:
         return bool(self._records)
 
-    def crashed(self, keys: Iterable[int], now: float) -> None:
-        """Note that a process ended while it computed the requests of these `keys`."""
+    def ended(self, keys: Iterable[int], now: float, *, killed: bool = False) -> None:
+        """Note that a process ended while it computed the requests of these `keys`; by itself, or `killed`."""
         self._lapse(now)
         for key in dict.fromkeys(keys):
-            former = self._records.pop(key, Record(key, 0, now))  # the newest last
-            self._records[key] = replace(former, crashes=former.crashes + 1, at=now)
+            former = self._records.pop(key, Record(key, 0, 0, now))  # the newest last
+            crashes, kills = former.crashes + (not killed), former.kills + killed
+            self._records[key] = Record(key, crashes, kills, now)
         while len(self._records) > MAX_RECORDS:
             del self._records[next(iter(self._records))]
 
@@ -63,11 +71,18 @@ class Quarantine:
         record = self._records.get(key)
         if record is None or _has_lapsed(record, now):
             return "clear"
-        return "barred" if record.crashes >= CRASHES else "suspect"
+        if record.crashes >= CRASHES or record.crashes + record.kills >= ENDS:
+            return "barred"
+        return "suspect"
 
     def acquit(self, key: int) -> None:
         """It was computed alone, and the process lives."""
         self._records.pop(key, None)
+
+    def ends(self, key: int) -> int:
+        """How often the process ended while it computed this one."""
+        record = self._records.get(key)
+        return record.crashes + record.kills if record is not None else 0
 
     def barred_s(self, key: int, now: float) -> float:
         """How long a barred request stays so, in seconds."""

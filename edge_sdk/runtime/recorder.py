@@ -10,8 +10,13 @@ of the kernel's, no system call, no lock. If the process ends in between, by wha
 there and puts them into `quarantine`. The file outlives the process and not the machine, so nothing is ever synced; it
 belongs in a folder that lies in memory.
 
-Layout, in the machine's own byte order: MAGIC; a number that stands for the machine's current life; CELLS keys of 8
-bytes that are being computed, 0 where nothing is; MAX_RECORDS records (key, crashes, moment) of 8 bytes each.
+Whose doing the end was, three things tell: a fatal signal leaves *last words* in a file beside it (the stack of every
+thread, by faulthandler; systemd's watchdog sends such a signal), who ends the process on purpose says so (`confess`,
+`excuse`), and the kernel counts what it kills when memory runs out. Without any of them somebody killed it.
+
+Layout, in the machine's own byte order: MAGIC; a number that stands for the machine's current life; what the kernel had
+killed for memory when the process began; whether it confessed; CELLS keys of 8 bytes that are being computed, 0 where
+nothing is; MAX_RECORDS records (key, crashes, kills, moment) of 8 bytes each.
 
 Without a file the flights are known to this process alone.
 """
@@ -19,6 +24,7 @@ Without a file the flights are known to this process alone.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import itertools
 import logging
 import math
@@ -31,6 +37,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from edge_sdk.runtime import host
 from edge_sdk.runtime.messages import Request
 from edge_sdk.runtime.quarantine import MAX_RECORDS, Quarantine, Record
 
@@ -41,14 +48,20 @@ except ImportError:  # Windows, where a second daemon of the same name is not no
 
 log = logging.getLogger(__name__)
 
-MAGIC = b"edgefly1"
+MAGIC = b"edgefly2"
 CELLS = 4096
 """Requests that can be on their way at a time; what is beyond them is computed all the same, and not noted."""
 
-_HEADER = struct.Struct("=8sQ")
-_RECORD = struct.Struct("=QQd")
+_HEADER = struct.Struct("=8sQQQ")
+_CONFESSED_AT = _HEADER.size - 8
+_RECORD = struct.Struct("=QQQd")
 _RECORDS_AT = _HEADER.size + 8 * CELLS
 _SIZE = _RECORDS_AT + _RECORD.size * MAX_RECORDS
+
+_LAST_WORDS = ".last-words"
+"""Of the file beside ours, what its name ends in."""
+_TOLD = 4000
+"""Characters of the last words that the log is given: the thread that did it comes first."""
 
 
 class Flight:
@@ -84,6 +97,7 @@ class FlightRecorder:
         self._numbers = itertools.count(1)
         self._open: dict[int, Flight] = {}
         self._file: int | None = None
+        self._last_words: int | None = None
         self._map: mmap.mmap | None = None
         self._cells: memoryview | None = None
         self._free: list[int] = []  # cells that were used and are free again; the last is taken first
@@ -141,9 +155,15 @@ class FlightRecorder:
         if self._map is None:
             return
         records = b"".join(
-            _RECORD.pack(record.key, record.crashes, record.at) for record in self.quarantine.records(time.monotonic())
+            _RECORD.pack(record.key, record.crashes, record.kills, record.at)
+            for record in self.quarantine.records(time.monotonic())
         )
         self._map[_RECORDS_AT:] = records.ljust(_RECORD.size * MAX_RECORDS, b"\0")
+
+    def confess(self) -> None:
+        """The process ends now, and what it computes is why."""
+        if self._map is not None:
+            self._map[_CONFESSED_AT] = 1
 
     def excuse(self) -> None:
         """The process ends now, and that is not the fault of what it computes."""
@@ -159,6 +179,10 @@ class FlightRecorder:
                 fcntl.flock(self._file, fcntl.LOCK_UN)
             os.close(self._file)
             self._file = None
+        if self._last_words is not None:
+            faulthandler.disable()
+            os.close(self._last_words)
+            self._last_words = None
 
     def _attach(self, file: Path) -> None:
         _make_private(file.parent)
@@ -170,26 +194,50 @@ class FlightRecorder:
                 raise OSError(exc.errno, "another daemon of the same name is using it") from exc
         _allocate(self._file)
         self._map = mmap.mmap(self._file, _SIZE)
-        this_life = _life_of_machine()
-        now = time.monotonic()
-        keys: list[int] = []
-        if _HEADER.unpack_from(self._map) == (MAGIC, this_life):
+        words = self._listen(file.with_name(file.name + _LAST_WORDS))
+        this_life, kills = _life_of_machine(), host.memory_kills()
+        magic, life, kills_then, confessed = _HEADER.unpack_from(self._map)
+        if (magic, life) == (MAGIC, this_life):
             self.quarantine = Quarantine(_records_in(self._map))
             keys = [key for key in struct.unpack_from(f"={CELLS}Q", self._map, _HEADER.size) if key]
             self.crashed = len(keys)
-            self.quarantine.crashed(keys, now)
+            itself = bool(words or confessed or kills != kills_then)
+            self.quarantine.ended(keys, time.monotonic(), killed=not itself)
+            _tell_of_the_end(keys, words, itself)
         self.write_down()
-        self._map[:_RECORDS_AT] = _HEADER.pack(MAGIC, this_life).ljust(_RECORDS_AT, b"\0")
+        self._map[:_RECORDS_AT] = _HEADER.pack(MAGIC, this_life, kills, 0).ljust(_RECORDS_AT, b"\0")
         self._cells = memoryview(self._map)[_HEADER.size : _RECORDS_AT].cast("Q")
-        if keys:
-            log.warning("The last process ended while it computed %d requests. They are computed alone.", len(keys))
+
+    def _listen(self, file: Path) -> str:
+        """The last words of the last process, and a place for ours; unless somebody else listens for those already."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
+        place = os.open(file, flags, 0o600)
+        words = os.read(place, _TOLD).decode(errors="replace")
+        os.ftruncate(place, 0)
+        os.lseek(place, 0, os.SEEK_SET)
+        if faulthandler.is_enabled():
+            os.close(place)
+        else:
+            faulthandler.enable(place)
+            self._last_words = place
+        return words
+
+
+def _tell_of_the_end(keys: Sequence[int], words: str, itself: bool) -> None:
+    if words:
+        log.error("The last process ended with a fatal signal; its last words:\n%s", words.rstrip())
+    if keys:
+        log.warning(
+            "The last process %s while it computed %d requests. They are computed alone.",
+            "ended" if itself else "was killed", len(keys),
+        )  # fmt: skip
 
 
 def _records_in(mapped: mmap.mmap) -> Iterable[Record]:
     for place in range(MAX_RECORDS):
-        key, crashes, at = _RECORD.unpack_from(mapped, _RECORDS_AT + place * _RECORD.size)
+        key, crashes, kills, at = _RECORD.unpack_from(mapped, _RECORDS_AT + place * _RECORD.size)
         if key:
-            yield Record(key, crashes, at)
+            yield Record(key, crashes, kills, at)
 
 
 def _make_private(folder: Path) -> None:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from edge_sdk.errors import InferenceFailed, RequestError
 from edge_sdk.runtime.messages import Answer, Request
-from edge_sdk.runtime.quarantine import CRASHES
 from edge_sdk.runtime.recorder import FlightRecorder
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ class Solitary:
                 return False
             case "barred":
                 self.refused += 1
-                raise _barred(model, request, quarantine.barred_s(request.key, now))
+                raise _barred(model, request, quarantine.ends(request.key), quarantine.barred_s(request.key, now))
         log.warning("The last process ended while it computed request %d of %s; it is computed alone.",
                     request.ticket, model.model)  # fmt: skip
         with self._arrived:
@@ -158,14 +157,14 @@ class Solitary:
         return True
 
 
-def _barred(model: ServedModel, request: Request, left_s: float) -> InferenceFailed:
+def _barred(model: ServedModel, request: Request, ends: int, left_s: float) -> InferenceFailed:
     until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(time.time() + left_s))
     log.error(
         "Request %d of %s ended the process %d times; it is answered 500, and not computed again before %s.",
-        request.ticket, model.model, CRASHES, until,
+        request.ticket, model.model, ends, until,
     )  # fmt: skip
     return InferenceFailed(
-        f"This request ended the device's process {CRASHES} times while it was computed; it is not tried again before "
+        f"This request ended the device's process {ends} times while it was computed; it is not tried again before "
         f"{until}.",
         fix="Send other data, or look into the device's log.",
     )

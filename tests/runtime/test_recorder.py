@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_sdk.runtime import host
 from edge_sdk.runtime.messages import Request
 from edge_sdk.runtime.recorder import CELLS, FlightRecorder
 from edge_sdk.tasks.base import Payload
@@ -60,6 +61,56 @@ def test_twice_is_barred_also_after_clean_ends(tmp_path: Path) -> None:
 
     assert "barred" == recorder.quarantine.verdict(3, _now())
     assert 0 == recorder.crashed
+
+
+@pytest.mark.parametrize(
+    ("how", "barred"),
+    [
+        ("os.abort()", True),
+        ("import ctypes; ctypes.string_at(0)", True),
+        ("recorder.confess(); os._exit(7)", True),
+        ("os.kill(os.getpid(), signal.SIGKILL)", False),
+        ("os._exit(7)", False),
+    ],
+)
+def test_whose_doing_it_was(tmp_path: Path, how: str, barred: bool) -> None:
+    """Twice by itself bars; twice by somebody's hand, or without a trace, does not."""
+    file = tmp_path / "flights"
+    ending(file, how)
+    ending(file, how)
+    recorder = FlightRecorder.open(file)
+    recorder.close()
+
+    assert ("barred" if barred else "suspect") == recorder.quarantine.verdict(3, _now())
+
+
+def test_memory_that_ran_out_is_its_own_doing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel counts what it kills for memory: one more than when the process began."""
+    file = tmp_path / "flights"
+    for _ in range(2):
+        ending(file, "os.kill(os.getpid(), signal.SIGKILL)")
+        count = host.memory_kills()
+        monkeypatch.setattr(host, "memory_kills", lambda count=count: count + 1)
+        recorder = FlightRecorder.open(file)
+        monkeypatch.undo()
+        recorder.close()
+
+    assert "barred" == recorder.quarantine.verdict(3, _now())
+
+
+def test_last_words_are_told_once(tmp_path: Path) -> None:
+    """The stack that a fatal signal left is in the log of the next process, and in no other's."""
+    file = tmp_path / "flights"
+    ending(file, "os.abort()")
+    program = "import logging, sys; logging.basicConfig(); from pathlib import Path\n"
+    program += "from edge_sdk.runtime.recorder import FlightRecorder\nFlightRecorder.open(Path(sys.argv[1])).close()"
+    logs = [
+        subprocess.run([sys.executable, "-c", program, str(file)], check=True, capture_output=True, text=True).stderr
+        for _ in range(2)
+    ]
+
+    assert "Fatal Python error: Aborted" in logs[0]
+    assert "" == logs[1]
 
 
 @pytest.mark.parametrize("how", ["recorder.close()", "recorder.excuse(); os._exit(1)"])

@@ -30,7 +30,7 @@ class Served:
         make_package(folder / "odd", odd, name="odd", backend="reference")
         self.recorder = FlightRecorder()
         for key in crashed:
-            self.recorder.quarantine.crashed([key], time.monotonic())
+            self.recorder.quarantine.ended([key], time.monotonic())
         self.answers: dict[int, Answer] = {}
         self.order: list[int] = []
         self.service = Service(
