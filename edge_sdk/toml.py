@@ -33,7 +33,9 @@ def read_toml(path: Path, error: type[EdgeSdkError]) -> dict[str, Any]:
         raise error(f"{path} cannot be read: {exc.strerror or exc}.") from exc
     except UnicodeDecodeError as exc:
         raise error(f"{path} is not UTF-8 text (byte {exc.start}).", fix="Save it as UTF-8.") from exc
-    except tomllib.TOMLDecodeError as exc:
+    except RecursionError as exc:
+        raise error(f"{path} is not valid TOML: it is nested too deeply.") from exc
+    except ValueError as exc:  # TOMLDecodeError, and what Python says of a number with thousands of digits
         raise error(f"{path} is not valid TOML: {exc}.") from exc
 
 

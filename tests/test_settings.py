@@ -104,6 +104,8 @@ def test_every_key_has_an_environment_variable() -> None:
         ("[limits]\nmax_queue = 0", r"`limits.max_queue`.*\(it is 0\)"),
         ("broker = 'mqtt://x'", "`broker`"),
         ("device = ", "not valid TOML"),
+        pytest.param(f"device = {'[' * 5000}", "nested too deeply", id="nested"),
+        pytest.param(f"device = {'9' * 5000}", "not valid TOML", id="digits"),
     ],
 )
 def test_a_bad_file_names_the_key(tmp_path: Path, text: str, complaint: str) -> None:

@@ -135,6 +135,10 @@ def _body(payload: bytes, size: int) -> dict[str, Any]:
     body = parse_json(payload)
     if not isinstance(body, dict):
         raise Malformed(f"The command is a JSON {type(body).__name__}; it is an object.")
+    try:
+        dump_json(body)  # an answer repeats parts of it
+    except UnicodeEncodeError as exc:
+        raise Malformed("The command holds half a character (a lone surrogate), which UTF-8 cannot carry.") from exc
     return body
 
 

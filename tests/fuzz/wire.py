@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Literal
 
-from edge_sdk.errors import EdgeSdkError, NoAnswer, RequestError
+from edge_sdk.errors import EdgeSdkError, Malformed, NoAnswer, RequestError
+from edge_sdk.mqtt import commands
 from edge_sdk.mqtt.answers import ClientCodec, described
 from edge_sdk.mqtt.codec import Codec
 from edge_sdk.mqtt.topics import MAX_RESPONSE_TOPIC_BYTES, Topics
-from edge_sdk.mqtt.transports.base import Message, MqttVersion, Properties, Received
+from edge_sdk.mqtt.transports.base import ConnectOptions, Message, MqttVersion, Properties, Received
 from edge_sdk.mqtt.transports.packets import (
     PUBLISH,
     Inbox,
@@ -23,6 +24,7 @@ from edge_sdk.mqtt.transports.packets import (
     publish_size,
     variable_length,
 )
+from edge_sdk.mqtt.transports.paho import PahoCodec
 from edge_sdk.runtime.messages import Answer, Request
 from edge_sdk.tasks.base import JSON, Body
 from tests.fuzz.targets import Pieces, pieces, target
@@ -34,6 +36,7 @@ with contextlib.suppress(ImportError):  # the oracle, where its wheel is to be h
 TOPICS = Topics("edge/v1", "fuzzed")
 CODEC = Codec(TOPICS, boot_id="b0", max_payload_bytes=2000, timeout_s=30.0, reply_prefixes=("plant/",))
 LARGEST = 3000
+VERSIONS: tuple[MqttVersion, ...] = (4, 5)
 
 FULL = Properties(
     "edge/v1/reply/me", b"\1\2\3", "image/jpeg; charset=utf-8", 30, (("priority", "7"), ("model-version", "2"))
@@ -292,3 +295,85 @@ def answers(data: bytes) -> None:
         CLIENT.answer(message, "m", "d")
     with contextlib.suppress(NoAnswer):
         assert isinstance(described("t", message.payload), dict)
+
+
+@target(
+    seeds=lambda: [
+        pieces(1, b"17", b"ping") + b'{"transaction":"t1"}',
+        pieces(0, b"load") + b'{"transaction":5,"model":"digits","version":"1"}',
+        pieces(0, b"selftest"),
+        pieces(0, b"frobnicate") + b'{"transaction":"\\ud83d\\ude00"}',
+        pieces(0, b"ping") + b'{"transaction":"t1","status":"ok","data":{},"error":null}',
+    ],
+    words=("transaction", "status", "data", "error", "\\ud800", "\\u0000", "null", '"', "{", "}", ":", ","),
+)
+def command(data: bytes) -> None:
+    """A command has an answer that a packet can carry, whatever came; and what claims to be one is read or is none."""
+    given = Pieces(data)
+    correlation_data = given.take() if given.byte() & 1 else None
+    name = given.text().translate({ord("+"): "-", ord("#"): "-", ord("/"): "-"})
+    message = Message("t", given.rest(), properties=Properties(correlation_data=correlation_data))
+    read = commands.read(Received(message, 1, False, 1), name)
+    for key in ("model", "version"):
+        with contextlib.suppress(Malformed):
+            read.text(key)
+    commands.answered(message.payload)
+    route = commands.route(read, TOPICS)
+    answer = commands.phrase(read, commands.Outcome(error=read.problem or None), TOPICS)
+    wire = packet(answer)
+
+    assert (answer, 7) == decode_publish(wire[0], body_of(wire), 5)
+    assert route.topic == answer.topic
+
+
+OPTIONS: dict[int, ConnectOptions] = {
+    version: ConnectOptions("h", 1883, "c", version=version, maximum_packet_size=LARGEST) for version in VERSIONS
+}
+BROKER_PACKETS = [
+    b"\x20\x03\0\0\0",
+    b"\x20\x0c\1\0\x09\x21\0\5\x27\0\0\x10\0\x25\0",
+    b"\x20\x02\0\5",
+    b"\x90\x05\0\1\0\1\x87",
+    b"\xb0\x04\0\1\0\0",
+    b"\xd0\0",
+    b"\xe0\x02\x8b\0",
+    b"\xe0\0",
+    b"\x40\x04\0\7\x10\0",
+]
+
+
+def codecs(version: int) -> list[Any]:
+    """Whatever reads the packets of that version."""
+    options = OPTIONS[version]
+    found: list[Any] = [PahoCodec(options, 1)]
+    if version == 5 and mqtt5 is not None:
+        from edge_sdk.mqtt.transports.mqtt5 import Mqtt5Codec
+
+        found.append(Mqtt5Codec(options, 1))
+    return found
+
+
+@target(
+    seeds=lambda: [
+        *(b"\5" + one + packet(MESSAGES[0]) for one in BROKER_PACKETS),
+        *(b"\4" + one + packet(MESSAGES[1], 4) for one in (b"\x20\x02\0\0", b"\x90\x03\0\1\1", b"\x40\x02\0\7")),
+    ]
+)
+def transports(data: bytes) -> None:
+    """What each transport reads of a broker's bytes that come in two pieces: packets, then the end or MalformedPacket."""
+    version = 4 if data[:1] == b"\4" else 5
+    stream = data[1 : LARGEST + 1]
+    for codec in codecs(version):
+        codec.connect()
+        inbox = Inbox(LARGEST)
+        for piece in (stream[: len(stream) // 2], stream[len(stream) // 2 :]):
+            inbox.room()[: len(piece)] = piece
+            inbox.filled(len(piece))
+            try:
+                left = len(stream)
+                while left and codec.read(inbox) is not None:
+                    left -= 1
+
+                assert left or not stream
+            except MalformedPacket:
+                break

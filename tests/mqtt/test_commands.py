@@ -69,6 +69,17 @@ def test_a_name_that_is_none_is_no_command(name: str) -> None:
     assert None is DEVICE.parse_command(f"edge/v1/dev/cmd/{name}")
 
 
+@pytest.mark.parametrize("body", [b'{"transaction":"\\ud83d"}', b'{"model":"\\udc00","transaction":"t"}'])
+def test_half_a_character_is_refused(body: bytes) -> None:
+    """JSON can escape it, and no answer could carry it: it would end the daemon that repeats it."""
+    command = read(received(body), "unload")
+    answer = phrase(command, Outcome(error=command.problem), DEVICE)
+
+    assert "UTF-8" in command.problem
+    assert (None, Outcome({}, command.problem)) == answered(answer.payload)
+    assert route(command, DEVICE).topic == answer.topic
+
+
 def test_commands_are_told_apart_by_what_they_bring() -> None:
     """Correlation data before the transaction; without either, each is another."""
     both = read(received(b'{"transaction": 1}', correlation_data=b"id"), "ping")
