@@ -304,7 +304,15 @@ def build_engine(
     from edge_sdk.backends.registry import usable_profile
     from edge_sdk.compile.pipeline import build
     from edge_sdk.profiles import Machine
+    from edge_sdk.stages import build_pipeline, is_pipeline
 
+    spec_file = source / "engine.toml" if source.is_dir() else source
+    if spec_file.suffix == ".toml" and spec_file.is_file() and is_pipeline(spec_file):
+        pipeline = build_pipeline(spec_file, output)
+        described = {**pipeline.spec.model_dump(mode="json", exclude_none=True), "path": str(pipeline.path)}
+        steps = " -> ".join(stage.name for stage in pipeline.spec.stage)
+        click.echo(_json(described) if as_json else f"{pipeline.spec.name}: {steps}\npackage:  {pipeline.path}")
+        return
     chosen, why = (profile, "as asked") if profile is not None else usable_profile(Machine.read())
     with console.Progress(quiet=as_json) as progress:
         built = build(

@@ -78,10 +78,14 @@ if TYPE_CHECKING:  # what few daemons use is loaded by those that do
     from edge_sdk.control import Control
     from edge_sdk.health import Health
     from edge_sdk.mqtt.certificates import ExpiryWatch
+    from edge_sdk.mqtt.elsewhere import Elsewhere
     from edge_sdk.mqtt.group import Membership
     from edge_sdk.mqtt.journal import Journal
     from edge_sdk.mqtt.rate import ClientRates
     from edge_sdk.sensors import Sensors
+    from edge_sdk.stages import Stage
+    from edge_sdk.tasks.base import Payload
+    from edge_sdk.tensors import Outputs
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +149,7 @@ class Daemon:
         self._rates = _client_rates(settings)
         self._journal = _opened_journal(settings, self._session)
         self._health = _opened_health(settings)
+        self._elsewhere: Elsewhere | None = None
         host.return_large_pieces()
         flights = settings.flights()
         self._recorder = FlightRecorder() if flights is None else FlightRecorder.open(flights)
@@ -165,6 +170,7 @@ class Daemon:
             building=settings.building.enabled,
             budget_bytes=_memory_budget(settings, machine, self._profile),
             recorder=self._recorder,
+            elsewhere=self._ask_elsewhere,
         )
         self._watch = Watch(self._recorder, hang_s=settings.serving.hang_s, on_hang=self._end_failed)
         self._control = self._new_control(tickets) if settings.commands.enabled else None
@@ -623,6 +629,8 @@ class Daemon:
         left = self._service.waiting()
         self._service.stop(limit_s=2.0)
         self._recorder.close()
+        if self._elsewhere is not None:
+            self._elsewhere.close()
         hard_stop.cancel()
         if self._journal is not None:
             self._journal.close()
@@ -640,6 +648,25 @@ class Daemon:
         return not computing and (self._session.idle or not self._link.is_connected)
 
     # From other threads, and from signal handlers: only take note
+
+    def _ask_elsewhere(
+        self, stage: Stage, payload: Payload, timeout_s: float, done: Callable[[Outputs | RequestError], None]
+    ) -> None:
+        """For the thread of the pipelines, few of which have such stages."""
+        if self._elsewhere is None:
+            from edge_sdk.mqtt.client import Client
+            from edge_sdk.mqtt.elsewhere import Elsewhere
+
+            settings = self._settings
+            self._elsewhere = Elsewhere(
+                lambda: Client(
+                    settings.broker.url,
+                    access=settings.access(),
+                    protocol=settings.broker.protocol,
+                    root=settings.root,
+                )
+            )
+        self._elsewhere.ask(stage, payload, timeout_s, done)
 
     def _note_answer(self, answer: Answer) -> None:
         self._answers.append(answer)

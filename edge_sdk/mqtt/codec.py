@@ -97,7 +97,10 @@ class Codec:
         user += [("device", self.topics.device), ("boot-id", self.boot_id)]
         if answer.timing is not None:
             timing = answer.timing
-            user.append(("server-timing", f"queue;dur={timing.queue_ms:.2f}, infer;dur={timing.infer_ms:.2f}"))
+            said = f"queue;dur={timing.queue_ms:.2f}, infer;dur={timing.infer_ms:.2f}"
+            for name, took_ms in timing.stages:
+                said += f", {name};dur={took_ms:.2f}"
+            user.append(("server-timing", said))
         if body.header_length is not None:
             user.append((HEADER_LENGTH, str(body.header_length)))
         if isinstance(result, RequestError) and result.retry_after_ms is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from edge_sdk import __version__
 from edge_sdk.profiles import DeviceProfile
+from edge_sdk.runtime.pipelines import Pipeline
 from edge_sdk.runtime.served import ServedModel
 from edge_sdk.tensors import TensorSpec
 
@@ -68,6 +69,14 @@ def metadata(versions: Sequence[ServedModel]) -> dict[str, Any]:
         }
         if (rules := manifest.sequence) is not None:
             described["sequence"] = {"timeout_s": rules.timeout_s, "max_sequences": rules.max_sequences}
+    if isinstance(speaker, Pipeline):
+        spec = speaker.pipeline.spec
+        described |= {
+            "task": "pipeline",
+            "stages": [stage.name for stage in spec.stage],
+            "sha256": speaker.digest,
+            "content_types": list(speaker.content_types),
+        }
     return described
 
 

@@ -87,7 +87,8 @@ class BatchPlanner:
 
         Raises QueueFull, with an honest moment to come back, if the queue is full and its client holds the most of it.
         """
-        superseded = self._of_client(request.client) if self.newest_wins else []
+        # Of one frame a pipeline asks for several parts (tickets below 0), and none of them takes another's place.
+        superseded = self._of_client(request.client) if self.newest_wins and request.ticket >= 0 else []
         victims = self._in_the_way(request, superseded)  # before anybody has to leave: it may be refused
         displaced: list[Answer] = []
         if superseded:

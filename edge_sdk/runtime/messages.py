@@ -47,6 +47,8 @@ class Timing:
     infer_ms: float
     batch: int = 1
     """How many requests were computed together."""
+    stages: tuple[tuple[str, float], ...] = ()
+    """Of a pipeline: how long each of its stages took, waiting included."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -56,12 +56,14 @@ from edge_sdk.runtime.catalog import Entry, Key, newest_first, scan, to_load
 from edge_sdk.runtime.decoding import Decoders
 from edge_sdk.runtime.memory import MIN_TURN_S, Books
 from edge_sdk.runtime.messages import Answer, Request
+from edge_sdk.runtime.pipelines import Elsewhere, Pipeline, Pipelines, is_internal
 from edge_sdk.runtime.recorder import FlightRecorder
 from edge_sdk.runtime.residence import NoRoomNow, Residence
 from edge_sdk.runtime.served import ServedModel, ignore_loss
 from edge_sdk.runtime.statistics import Statistics
 from edge_sdk.runtime.succession import Successions
 from edge_sdk.runtime.worker import Worker
+from edge_sdk.tasks.base import Payload
 
 if TYPE_CHECKING:  # only a daemon that starts after a crash has one
     from edge_sdk.runtime.solitary import Solitary
@@ -92,11 +94,14 @@ class Service:
         building: bool = True,
         budget_bytes: int | None = None,
         recorder: FlightRecorder | None = None,
+        elsewhere: Elsewhere | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """What is called is called from any thread, and all but `on_lost` must only take note.
 
         `on_due`: `run_quick` may have something to do, although nothing was submitted.
+
+        `elsewhere` asks for stages of pipelines that live on other devices.
 
         `budget_bytes` is what models may hold together; None: whatever they like.
 
@@ -107,7 +112,7 @@ class Service:
         self.statistics = Statistics()
         self._engines = engines
         self._on_answer = on_answer
-        self._on_change = on_change
+        self._tell_change = on_change
         self._on_lost = on_lost
         self._on_due = on_due
         self._decoders = Decoders()
@@ -137,7 +142,7 @@ class Service:
             hire=self._hire,
             take_over=self._take_over,
             later=self._do_later,
-            on_change=on_change,
+            on_change=self._on_change,
             on_lost=on_lost,
             clock=clock,
         )  # fmt: skip
@@ -145,6 +150,15 @@ class Service:
         self._residence = Residence(Books(budget_bytes), lambda: self._models.values(), self._hire, clock)
         self._called: dict[Key, ServedModel] = {}  # to be brought back, in the order in which they were called
         self._crowded: dict[Key, Callable[[], None]] = {}  # what found no room; the loader's alone
+        self._pipelines = Pipelines(
+            submit=self.submit,
+            find=self._model_for,
+            on_answer=self._finish,
+            on_due=on_due,
+            limits=limits,
+            elsewhere=elsewhere,
+            clock=clock,
+        )
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._loader = threading.Thread(target=self._follow_orders, name="edge-sdk-loader", daemon=True)
 
@@ -180,7 +194,9 @@ class Service:
         """Take a request. Its answer comes through `on_answer`, perhaps before this returns."""
         try:
             model = self._find(request)
-            if self._solitary is None or not self._solitary.takes(model, request):
+            # Of a pipeline what it asks of its models is under suspicion, and comes here again.
+            solitary = None if isinstance(model, Pipeline) else self._solitary
+            if solitary is None or not solitary.takes(model, request):
                 model.submit(request)
         except RequestError as exc:
             self._finish(Answer(request.ticket, exc))
@@ -219,7 +235,8 @@ class Service:
 
     def waiting(self) -> int:
         """How many requests wait or are being computed."""
-        waiting = sum(model.waiting for model in self._models.values())
+        models: Iterable[ServedModel] = (*self._models.values(), *self._pipelines.served.values())
+        waiting = sum(model.waiting for model in models)
         return waiting if self._solitary is None else waiting + len(self._solitary)
 
     def snapshot(self) -> dict[str, Any]:
@@ -261,6 +278,7 @@ class Service:
         self._stopping = True
         self._successions.stop()
         self._decoders.stop()
+        self._pipelines.stop()
         self._orders.put(None)
         if self._solitary is not None:
             self._solitary.stop()
@@ -278,11 +296,25 @@ class Service:
             raise ModelNotFound(f"This device has no model {request.model[:64]!r}.")
         if request.version is None:
             return next((model for model in versions if model.package is not None), versions[0])
-        if (named := self._models.get((request.model, request.version))) is None:
+        if (named := next((model for model in versions if model.version == request.version), None)) is None:
             raise _no_version(request.model, request.version, versions)
         return named
 
+    def _model_for(self, model: str, version: str | None) -> ServedModel | None:
+        """What a stage of a pipeline asks; None where there is none."""
+        try:
+            return self._find(Request(0, model, Payload(b""), 0.0, 0.0, version))
+        except RequestError:
+            return None
+
+    def _on_change(self) -> None:
+        self._pipelines.refresh()
+        self._tell_change()
+
     def _finish(self, answer: Answer) -> None:
+        if is_internal(answer.ticket):
+            self._pipelines.take(answer)
+            return
         with self._counting:
             self.statistics.count(answer)
         self._on_answer(answer)
@@ -401,9 +433,11 @@ class Service:
         served = {key: model.digest for key, model in stay.items() if model.is_at_its_best}
         gone = [model for key, model in self._models.items() if key not in stay]
         self._models = {key: stay.get(key) or self._new_model(key) for key in wanted}
+        self._pipelines.follow(self._engines)
+        served_all: dict[Key, ServedModel] = {**self._pipelines.served, **self._models}
         self._by_name = {
-            name: [self._models[name, version] for version in newest_first(v for n, v in wanted if n == name)]
-            for name in sorted({name for name, _ in wanted})
+            name: [served_all[name, version] for version in newest_first(v for n, v in served_all if n == name)]
+            for name in sorted({name for name, _ in served_all})
         }
         if not wanted:
             log.warning("There is no package in %s; `edge-sdk build-engine` makes one.", self._engines.absolute())

@@ -46,9 +46,7 @@ def decode_image(data: bytes, preprocess: Preprocess) -> Array:
     Raises UnsupportedType if it is not a JPEG or PNG, TooLarge beyond MAX_PIXELS, Malformed if it is broken.
     """
     picture = _open(data)
-    width, height = picture.size
-    if width * height > MAX_PIXELS:
-        raise TooLarge(f"The picture is {width} x {height}; at most {MAX_PIXELS:,} pixels are decoded.")
+    _check_pixels(picture.size)
     target = _resized_size(picture.size, preprocess)
     _check_cost(picture.size, preprocess)
     try:
@@ -58,6 +56,19 @@ def decode_image(data: bytes, preprocess: Preprocess) -> Array:
     except (OSError, SyntaxError, ValueError, struct.error, EOFError, IndexError) as exc:  # as Pillow's plugins do
         raise Malformed("The picture is broken or cut off; it cannot be decoded.") from exc
     return normalize(pixels, preprocess)
+
+
+def open_picture(data: bytes) -> Image:
+    """The whole picture in `data`, upright and in RGB; raises as `decode_image` does."""
+    picture = _open(data)
+    _check_pixels(picture.size)
+    try:
+        return _in_color(_upright(picture), _IN_RGB)
+    except (OSError, SyntaxError, ValueError, struct.error, EOFError, IndexError) as exc:  # as Pillow's plugins do
+        raise Malformed("The picture is broken or cut off; it cannot be decoded.") from exc
+
+
+_IN_RGB = Preprocess(resize=(1, 1))
 
 
 def decoding_s(data: bytes) -> float:
@@ -122,6 +133,12 @@ def check_pillow() -> None:
         raise BackendUnavailable(
             f"Pillow cannot be imported: {exc}.", fix="Pictures need it: pip install 'edge-sdk[vision]'."
         ) from exc
+
+
+def _check_pixels(size: tuple[int, int]) -> None:
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise TooLarge(f"The picture is {width} x {height}; at most {MAX_PIXELS:,} pixels are decoded.")
 
 
 def _open(data: bytes) -> Image:

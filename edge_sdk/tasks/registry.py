@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edge_sdk.errors import SpecError
+from edge_sdk.errors import BackendUnavailable, SpecError
 from edge_sdk.package import EnginePackage
 from edge_sdk.spec import Postprocess, Preprocess, TaskName
 from edge_sdk.tasks.base import Task
@@ -28,6 +28,18 @@ def task_for(
         case "tensors":
             from edge_sdk.tasks.tensors import TensorTask
 
+            if preprocess is not None and len(inputs) == 1 and len(inputs[0].shape) == 4 and _has_pillow():
+                from edge_sdk.tasks.picture_tensors import PictureTensors
+
+                return PictureTensors(
+                    name,
+                    version,
+                    inputs=inputs,
+                    outputs=outputs,
+                    labels=labels,
+                    preprocess=preprocess,
+                    postprocess=postprocess or Postprocess(),
+                )
             return TensorTask(name, version, inputs=inputs, outputs=outputs, labels=labels)
         case "image-classification":
             from edge_sdk.tasks.image_classification import ImageClassification
@@ -51,6 +63,17 @@ def task_for(
                 preprocess=preprocess,
                 postprocess=postprocess or Postprocess(),
             )
+
+
+def _has_pillow() -> bool:
+    """A model that takes tensors can do without: it takes no pictures then."""
+    from edge_sdk.tasks.images import check_pillow
+
+    try:
+        check_pillow()
+    except BackendUnavailable:
+        return False
+    return True
 
 
 def task_of(package: EnginePackage) -> Task:
