@@ -360,7 +360,7 @@ def codecs(version: int) -> list[Any]:
     ]
 )
 def transports(data: bytes) -> None:
-    """What each transport reads of a broker's bytes that come in two pieces: packets, then the end or MalformedPacket."""
+    """What a transport reads of a broker's bytes that come in two pieces: packets, then the end or MalformedPacket."""
     version = 4 if data[:1] == b"\4" else 5
     stream = data[1 : LARGEST + 1]
     for codec in codecs(version):
