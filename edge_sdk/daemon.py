@@ -45,6 +45,7 @@ from edge_sdk.errors import (
 from edge_sdk.mqtt import presence
 from edge_sdk.mqtt.access import BrokerAccess
 from edge_sdk.mqtt.codec import Codec
+from edge_sdk.mqtt.echo import OWN, Echo
 from edge_sdk.mqtt.identity import key_of
 from edge_sdk.mqtt.link import Link, QoS
 from edge_sdk.mqtt.session import Record, ReplyRoute, Session
@@ -130,18 +131,21 @@ class Daemon:
             reply_prefixes=settings.reply_prefixes,
             qos=self._qos,
         )
+        self._echo = Echo(self._topics, self._codec.boot_id, self_test_s=settings.serving.self_test_s)
+        self._echo_told = ""
         tickets = itertools.count(1)
         self._draining = False
         self._link = Link(
             transport,
             protocol=settings.broker.spoken,
             options=self._connect_options,
-            subscriptions=self._subscriptions(),
+            subscriptions=self._subscriptions(5),
             too_large=self._codec.too_large,
             durable=settings.delivery == "durable",
             numbers=tickets,
             on_connected=self._on_connected,
             on_trouble=self._on_trouble,
+            on_refused=self._on_refused,
             write_down=self._write_down,
         )
         self._session = self._link.session
@@ -270,6 +274,9 @@ class Daemon:
         """A message: a request for the service, or something to be acknowledged and forgotten."""
         message = event.message
         address = self._topics.parse_infer(message.topic)
+        if (address is None or address.client == OWN) and self._echo.owns(message.topic):
+            self._hear_echo(event, now)
+            return
         if address is None and self._control is not None and self._control.take(event, now):
             return
         route = None if address is None or message.retain else self._codec.route(message, address)
@@ -300,6 +307,28 @@ class Daemon:
             return
         self._routes[intake.ticket] = (session, route, request.deadline)
         self._service.submit(request)
+
+    def _hear_echo(self, event: Received, now: float) -> None:
+        if (pong := self._echo.heard(event.message, now)) is not None:
+            self._session.announce(pong)
+        self._session.set_aside(event)
+        self._look_at = now  # for what has changed by it
+
+    def _look_for_echo(self, now: float) -> None:
+        """Ask ourselves what is due, and tell of what does not come back."""
+        if not self._link.is_connected or self._draining:
+            return
+        former = self._echo_told
+        if (ping := self._echo.due(now, self._session.counts.received)) is not None:
+            self._session.announce(ping)
+            self._link.perform()
+        if (trouble := self._echo.trouble) != former:
+            self._echo_told = trouble
+            if trouble:
+                log.error("This device's %s.", trouble)
+            else:
+                log.info("What this device sends to itself comes back again.")
+            self._notifier.status(self._status())
 
     def _check_rate(self, rates: ClientRates, client: str, now: float) -> None:
         """Raises QueueFull for a client that asks more often than it may."""
@@ -367,7 +396,7 @@ class Daemon:
         """Take no more requests, and finish those that were accepted; or take them again. How far that is."""
         if draining != self._draining:
             self._draining, self._changed = draining, True
-            self._link.listen(self._subscriptions())
+            self._link.listen(self._subscriptions(self._link.version))
             if self._membership is not None and draining:
                 self._membership.leave()
             elif self._membership is not None:
@@ -377,9 +406,11 @@ class Daemon:
 
     # The connection
 
-    def _subscriptions(self) -> dict[str, QoS]:
-        """What is read from the broker now. A device that is drained hears commands only."""
+    def _subscriptions(self, version: MqttVersion) -> dict[str, QoS]:
+        """What is read from the broker now, in this version of MQTT. A device that is drained hears commands only."""
         requests = [] if self._draining else self._topics.subscriptions()
+        if requests and version == 4 and self._settings.serving.self_test_s:
+            requests.append(self._echo.pongs)
         commands: dict[str, QoS] = {self._topics.command_subscription(): 1} if self._settings.commands.enabled else {}
         return {**dict.fromkeys(requests, self._qos), **commands}
 
@@ -425,6 +456,8 @@ class Daemon:
     def _on_connected(self) -> None:
         self._announced.clear()
         self._changed = True
+        self._link.listen(self._subscriptions(self._link.version))
+        self._echo.connected(self._link.version, time.monotonic())
         if self._membership is not None:
             self._membership.invite(self._link, time.monotonic())
 
@@ -433,7 +466,13 @@ class Daemon:
         self._notifier.status(self._status())
 
     def _on_trouble(self) -> None:
+        if not self._link.is_connected:
+            self._echo.closed()
+            self._echo_told = ""
         self._notifier.status(self._status())
+
+    def _on_refused(self, topic: str, code: int) -> None:
+        self._echo.refused(topic, code, time.monotonic())
 
     def _write_down(self, record: Record) -> None:
         if self._journal is not None:
@@ -491,6 +530,7 @@ class Daemon:
             self._look_at = now + 1.0
             self._give_up_late(now)
             self._finish_answers()
+            self._look_for_echo(now)
             if self._health is not None:
                 self._health.update(self._stats(now), ready=self._is_ready())
         if now >= self._stats_at:
@@ -529,6 +569,7 @@ class Daemon:
             "mqtt": {**mqtt, "unsent": self._session.unsent},
             **journal,
             **group,
+            "self_test": self._echo.states,
             **(self._certificate.figures(time.time()) if self._certificate is not None else {}),
             "memory_bytes": host.resident_bytes(),
             "memory": {
@@ -550,7 +591,9 @@ class Daemon:
 
     def _is_ready(self) -> bool:
         """Whether requests come in, and some model answers them."""
-        return self._link.is_connected and not self._draining and any(model.answers for model in self._service.models())
+        models = self._service.models()
+        hears = self._link.is_connected and not self._draining and not self._echo.trouble
+        return hears and any(model.answers for model in models)
 
     def _status(self) -> str:
         models = self._service.models()
@@ -560,6 +603,8 @@ class Daemon:
             are_ready += ", drained"
         if self._link.trouble:
             return f"Not connected: {self._link.trouble} ({are_ready})"
+        if self._echo.trouble:
+            return f"Connected, but {self._echo.trouble} ({are_ready})"
         group = ""
         if self._membership is not None and self._membership.reason:
             group = f"; not in {', '.join(self._membership.groups)}: {self._membership.reason}"

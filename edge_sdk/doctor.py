@@ -25,7 +25,10 @@ from edge_sdk.errors import EdgeSdkError, ProfileError, SettingsError
 from edge_sdk.mqtt.address import parse_url
 from edge_sdk.mqtt.broker import find_broker, find_mosquitto
 from edge_sdk.mqtt.certificates import SOON_DAYS, ExpiryWatch, told
+from edge_sdk.mqtt.topics import Topics
+from edge_sdk.mqtt.transports.base import MqttVersion
 from edge_sdk.mqtt.transports.choice import chosen, fast_fix, has_mqtt5
+from edge_sdk.mqtt.trying import what_is_lacking
 from edge_sdk.package import EnginePackage, package_folders
 from edge_sdk.profiles import Machine, detect, load_profiles
 from edge_sdk.settings import Settings
@@ -182,6 +185,13 @@ def _broker(machine: Machine, settings: Settings) -> Iterator[Finding]:
         return
     if found.reachable:
         yield Finding("broker", "ok", f"{settings.broker.url}: {found.detail}")
+        topics = Topics(settings.root, settings.device)
+        version: MqttVersion = 5 if found.protocol == "5" and settings.broker.protocol != "3.1.1" else 4
+        if trouble := what_is_lacking(settings.broker.url, topics, version, access=settings.access()):
+            what, _, fix = trouble.partition(". ")
+            yield Finding("rights at the broker", "fault", f"{settings.device}'s {what}", f"{fix}.")
+        else:
+            yield Finding("rights at the broker", "ok", f"what {settings.device} is sent reaches it")
     else:
         fix = "Start one (`sudo apt install mosquitto`), or name yours with --broker or EDGE_SDK_BROKER__URL."
         yield Finding("broker", "fault", found.detail, fix)

@@ -148,6 +148,10 @@ class _Collector:
         ):
             if key in stats:
                 yield GaugeMetricFamily(name, text, value=stats[key])
+        if "self_test" in stats:
+            failed = "failed" in stats["self_test"].values()
+            text = "Whether what the device sends to itself does not come back"
+            yield GaugeMetricFamily("edge_sdk_self_test_failed", text, value=float(failed))
         for key, value in stats.get("quarantine", {}).items():
             if key == "refused":
                 yield CounterMetricFamily(

@@ -129,6 +129,9 @@ class Serving(Table):
     hang_s: float = Field(default=60.0, ge=0)
     """A batch that computes for longer ends the daemon, to be started anew: nothing else ends what hangs in native
     code. 0: it may take for ever."""
+    self_test_s: float = Field(default=30.0, ge=0)
+    """Half of it is how long the broker may deliver nothing of what the device sends to itself, before that is told.
+    0: it sends nothing."""
     profile: str | None = None
     """The device profile preferred where a model was built for several; None: the one detected."""
 

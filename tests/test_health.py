@@ -24,6 +24,7 @@ STATS = {
         "gpu_load_percent": 43.0,
         "memory_available_bytes": 3_072_000_000,
     },
+    "self_test": {"requests": "failed"},
     "quarantine": {"suspects": 1, "barred": 2, "refused": 3},
     "memory": {
         "budget_bytes": 300_000_000,
@@ -146,6 +147,9 @@ def test_metrics_are_prometheus_text(health: Health) -> None:
     assert 7.0 == samples["edge_sdk_mqtt_received_total",]
     assert 2.0 == samples["edge_sdk_mqtt_unsent",]
     assert 84e6 == samples["edge_sdk_resident_bytes",]
+    assert 1.0 == samples["edge_sdk_self_test_failed",]
+    assert (1.0, 2.0) == (samples["edge_sdk_quarantine_suspects",], samples["edge_sdk_quarantine_barred",])
+    assert 3.0 == samples["edge_sdk_quarantine_refused_total",]
 
 
 def test_metrics_tell_who_holds_what(health: Health) -> None:

@@ -63,9 +63,11 @@ class Link:
         numbers: Iterator[int] | None = None,
         on_connected: Callable[[], None],
         on_trouble: Callable[[], None],
+        on_refused: Callable[[str, int], None] | None = None,
         write_down: Callable[[Record], None] | None = None,
     ) -> None:
-        """`options` gives what each connection is opened with; `on_trouble` is told of each change of `trouble`.
+        """`options` gives what each connection is opened with; `on_trouble` is told of each change of `trouble`,
+        `on_refused` of the topic of an announcement that the broker did not take, and why.
 
         `subscriptions` says which topics are read, and with what QoS; `numbers` is where the session's tickets come
         from. `write_down` keeps what a `durable` session wants written before anything after it is done.
@@ -87,6 +89,7 @@ class Link:
         self._asked: dict[int, list[str]] = {}
         self._on_connected = on_connected
         self._on_trouble = on_trouble
+        self._on_refused = on_refused
         self._write_down = write_down
         self._limits = BrokerLimits()
         self._client_id = self._broker = ""
@@ -159,7 +162,9 @@ class Link:
         """Take in what happened to the connection, and to what was sent."""
         match event:
             case Acknowledged():
-                self.session.acknowledged(event)
+                announcement = self.session.acknowledged(event)
+                if announcement is not None and event.code >= FAILURE and self._on_refused is not None:
+                    self._on_refused(announcement.topic, event.code)
             case Connected():
                 self._connected(event)
             case Subscribed():

@@ -149,6 +149,7 @@ class _LedgerEntry:
 
     received: Received
     done: bool = False
+    counts: bool = True
 
 
 @dataclass(frozen=True)
@@ -271,6 +272,11 @@ class Session:
                 self._unrecorded.append(Recorded(job.key, job.fingerprint, answer, until))
         self._outbox.append(_Outgoing(answer, ticket))
 
+    def set_aside(self, event: Received) -> None:
+        """A message that is nobody's request, and not to be counted: it is acknowledged in its turn."""
+        entry = self._enter(event)
+        entry.done, entry.counts = True, False
+
     def announce(self, message: Message) -> None:
         """Publish something that answers no request: availability, metadata. Forgotten if the connection is lost."""
         self._outbox.append(_Outgoing(message, None))
@@ -289,15 +295,19 @@ class Session:
         self.counts.unheard += 1
         self._done_with(self._unnumbered.pop(action.tag))
 
-    def acknowledged(self, event: Acknowledged) -> None:
-        """The broker took, or refused, a message of ours. Either way it is done with; a refusal is counted."""
+    def acknowledged(self, event: Acknowledged) -> Message | None:
+        """The broker took, or refused, a message of ours. Either way it is done with; an answer's refusal is counted.
+
+        Gives back the message if it was an announcement.
+        """
         outgoing = self._in_flight.pop(event.handle, None)
         if outgoing is None:
-            return
+            return None
         if outgoing.ticket is not None:
             self.counts.unheard += event.code == NO_MATCHING_SUBSCRIBERS
             self.counts.refused += event.code >= FAILURE
         self._done_with(outgoing)
+        return outgoing.message if outgoing.ticket is None else None
 
     def restore(self, recorded: Iterable[Recorded], now: float) -> None:
         """Take up what a former daemon answered: what the broker did not take goes out again, all of it is known.
@@ -327,7 +337,7 @@ class Session:
             self._unnumbered[tag] = outgoing
             actions.append(Publish(outgoing.message, tag))
         while self._ledger and self._ledger[0].done:
-            self.counts.acknowledged += 1
+            self.counts.acknowledged += self._ledger[0].counts
             actions.append(Acknowledge(self._ledger.popleft().received))
         return actions
 

@@ -9,15 +9,19 @@ import re
 import signal
 import subprocess
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from edge_sdk import doctor
 from edge_sdk.mqtt.client import Client
 from edge_sdk.mqtt.transports.base import Message, Properties
-from tests.brokers import MOSQUITTO, Broker, eventually, running_mosquitto
+from edge_sdk.settings import Settings
+from tests.brokers import MOSQUITTO, Broker, eventually, free_port, running_mosquitto
 from tests.daemon.processes import error_of
 from tests.daemon.test_requests import Wire
 from tests.faults import fake_broker
@@ -132,6 +136,75 @@ def test_case_11_the_answers_topic_is_denied(tmp_path: Path, open_daemon: OpenDa
     assert 4.0 == doubled(answer.payload)[0]
     assert 2 == counts["received"] == counts["acknowledged"]
     assert 1 == proxy.accepted
+
+
+@needs_mosquitto
+@pytest.mark.parametrize(
+    ("denied", "protocol", "what"),
+    [
+        ("infer/#", "5", "requests do not arrive"),
+        ("infer/#", "3.1.1", "requests do not arrive"),
+        ("result/#", "3.1.1", "answers do not leave"),
+    ],
+)
+def test_case_11_12_the_broker_denies_without_a_word(
+    tmp_path: Path, open_daemon: OpenDaemon, denied: str, protocol: str, what: str
+) -> None:
+    """It grants the subscription and delivers nothing, or takes answers and drops them. The self-test notices: log,
+    status, figures, /readyz and doctor say so; and when the rights are given, it is over."""
+    known = passwords(tmp_path / "known", robot="secret")
+    rights = tmp_path / "rights"
+    # mosquitto asks at each message: `infer` is denied to the reader, `result` to the writer
+    right = "write" if denied.startswith("infer") else "read"
+    of_robot = ["availability", "info", "stats", "models/+", "models/+/result/#", "models/+/infer/#"]
+    rules = [f"topic {'readwrite' if not t.endswith(denied) else right} edge/v1/{DEVICE}/{t}" for t in of_robot]
+    everybody = "topic readwrite #\n\nuser robot\n"
+    rights.write_text(everybody + "\n".join(rules) + "\n")
+    rights.chmod(0o600)
+    secret = tmp_path / "secret"
+    secret.write_text("secret\n")
+    lines = [f"password_file {known}", f"acl_file {rights}"]
+    port = free_port()
+    with running_mosquitto(tmp_path, lines=lines) as broker, Ear(tmp_path) as ear:
+        told = {"username": "robot", "password_file": secret, "protocol": protocol}
+        daemon = open_daemon(
+            broker.url,
+            extra=ear.environment,
+            health=f"127.0.0.1:{port}",
+            stats_interval_s="0.2",
+            serving__self_test_s="2",
+            **{f"broker__{key}": str(value) for key, value in told.items()},
+        )
+        eventually(lambda: what in daemon.said(), "the log says so")
+        eventually(lambda: what in ear.status, "the status says so")
+        eventually(lambda: "failed" in stats_from(broker)["self_test"].values(), "the figures say so")
+        eventually(lambda: _status_of(port, "readyz") == 503, "not ready")
+        alive_all_the_same = _status_of(port, "healthz")
+        settings = Settings.model_validate({"device": DEVICE, "broker": {"url": broker.url, **told}})
+        found = {finding.subject: finding for finding in doctor.examine(settings)}["rights at the broker"]
+        rights.write_text(f"{everybody}topic readwrite edge/v1/{DEVICE}/#\n")
+        broker.signal(signal.SIGHUP)
+        eventually(lambda: _status_of(port, "readyz") == 200, "ready")
+        eventually(lambda: what not in ear.status, "the status is right again")
+        restored = {finding.subject: finding for finding in doctor.examine(settings)}["rights at the broker"]
+
+    assert 200 == alive_all_the_same
+    assert "fault" == found.level
+    assert what in found.detail
+    assert found.fix.startswith("Allow this device to ")
+    assert "ok" == restored.level
+
+
+def _status_of(port: int, path: str) -> int | None:
+    """None while nothing listens there."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=5) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as exc:
+        with exc:
+            return exc.code
+    except OSError:
+        return None
 
 
 def _counts_if(broker: Broker, wanted: Any) -> dict[str, Any] | None:
