@@ -46,7 +46,7 @@ from edge_sdk.profiles import (
     load_profile,
 )
 from edge_sdk.sequence import SequenceRules
-from edge_sdk.spec import NAME, Axis, Postprocess, Preprocess, TaskName, fixed_sizes
+from edge_sdk.spec import NAME, Axis, Postprocess, Preprocess, Serving, TaskName, fixed_sizes
 from edge_sdk.tensors import Array, Feeds, TensorSpec, check_feeds, element_count
 from edge_sdk.toml import describe
 
@@ -194,6 +194,8 @@ class Manifest(Record):
     architecture: str
     precision: Precision
     batching: BatchingRecord
+    serving: Serving = Serving()
+    """As in engine.toml."""
     running: RunningRecord | None = None
     """None where it was not measured: then, as on any other processor, the profile's options count."""
     axes: Mapping[str, Axis] = {}

@@ -96,6 +96,15 @@ class Batching(Table):
     where nobody wants the answer to an old frame."""
 
 
+class Serving(Table):
+    """How a device runs the engine."""
+
+    instances: int = Field(default=1, ge=1, le=32)
+    """How many batches are computed at a time, where the runtime can share a model between threads or is isolated."""
+    isolation: Literal["none", "process"] = "none"
+    """`process`: the engine computes in a process of its own, whose crash is no more than a slow answer."""
+
+
 class Axis(Table):
     """The sizes a free axis may have, other than the batch: what a compiled engine is made for."""
 
@@ -140,6 +149,7 @@ class EngineSpec(Table):
     calibration: Calibration | None = None
     validation: Validation | None = None
     batching: Batching = Batching()
+    serving: Serving = Serving()
     axes: Mapping[str, Axis] = {}
     """By the axis's name in the graph, or by `input:position` where it has none."""
     sequence: SequenceRules | None = None

@@ -54,6 +54,7 @@ class Watch:
         batches = [
             Mark(("flight", each.number), min(self._hang_s, each.limit_s), str(each))
             for each in self._recorder.in_flight()
+            if each.waits is None or not each.waits()
         ]
         return [*batches, Mark(("turn", self.turns), self._hang_s + NETWORK_S, "")]
 

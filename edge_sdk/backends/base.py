@@ -14,7 +14,7 @@ Who owns a buffer, said once, here:
   writes its results into those very arrays and gives them back, so a loop that passes the same `feeds` arrays and the
   same `out` arrays each time allocates nothing, and an engine may keep them bound between calls.
 
-An engine is used by one thread at a time; whoever shares one brings the lock.
+An engine is used by one thread at a time; whoever shares one brings the lock, or asks a `Shareable` one for a twin.
 """
 
 from __future__ import annotations
@@ -144,6 +144,41 @@ class Pipelined(Protocol):
 
     def slots(self, rows: int) -> Sequence[Slot]:
         """The slots, for batches of up to `rows`; made at the first call. Batches finish in the order they started."""
+        ...
+
+
+@runtime_checkable
+class Threaded(Protocol):
+    """What an engine is besides, if it computes with several threads on the processor."""
+
+    @property
+    def threads(self) -> int: ...
+
+
+@runtime_checkable
+class Shareable(Protocol):
+    """What an engine is besides, if several threads may compute with its weights at the same time."""
+
+    def twin(self) -> Engine:
+        """Another engine for the same, which another thread may use meanwhile. Each of them is closed by itself."""
+        ...
+
+
+@runtime_checkable
+class Distant(Protocol):
+    """What an engine is besides, if it holds memory that is not this process's."""
+
+    def elsewhere_bytes(self) -> int:
+        """How much that is now."""
+        ...
+
+
+@runtime_checkable
+class Hosting(Protocol):
+    """What an engine is besides, if arrays of its own spare it a copy."""
+
+    def arrays(self, feeds: Feeds, outputs: Outputs) -> tuple[Feeds, Outputs]:
+        """Arrays like these, to be filled and read in their place; views of their first rows are as good."""
         ...
 
 

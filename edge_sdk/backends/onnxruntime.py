@@ -118,6 +118,14 @@ class OnnxRuntimeEngine:
         except Exception as exc:
             raise _translated(exc) from exc
 
+    @property
+    def threads(self) -> int:
+        return int(self._session.get_session_options().intra_op_num_threads)
+
+    def twin(self) -> OnnxRuntimeEngine:
+        """Over the same session, whose `run` any number of threads may call; bindings are one thread's alone."""
+        return OnnxRuntimeEngine(self._session)
+
     def close(self) -> None:
         self._bindings.clear()
         self._session = None

@@ -128,7 +128,7 @@ def load_engine(
                 raise BackendUnavailable(
                     f"The package {package} needs {name}: {available.why_not}", fix=available.fix
                 )  # fmt: skip
-            engine = chosen.load(package, profile)
+            engine = _loaded(chosen, package, profile, store)
         except (EngineUnfit, BackendUnavailable, OutOfMemory) as exc:
             if name == names[-1]:
                 raise
@@ -146,6 +146,15 @@ def load_engine(
             raise
         return Loaded(engine, name, " ".join(passed_over), buildable)
     raise AssertionError("a package has at least one backend")
+
+
+def _loaded(chosen: Backend, package: EnginePackage, profile: DeviceProfile, store: Path | None) -> Engine:
+    """The engine, in a process of its own if the package asks for one."""
+    if package.manifest.serving.isolation == "none":
+        return chosen.load(package, profile)
+    from edge_sdk.backends.isolated import IsolatedEngine
+
+    return IsolatedEngine(package, chosen.name, store=store)
 
 
 def rebuild(package: EnginePackage, *, store: Path | None = None, progress: Progress) -> None:

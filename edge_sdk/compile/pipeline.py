@@ -519,6 +519,7 @@ def _manifest(order: Order, ingredients: Ingredients, verdict: _Verdict) -> Mani
         architecture=order.profile.architecture,
         precision=chosen.precision,
         batching=verdict.batching,
+        serving=spec.serving,
         running=verdict.running,
         axes=order.spec.axes,
         sequence=spec.sequence,

@@ -9,17 +9,23 @@ request gets arrays of its own each time.
     lane = lanes_of(engine, rows=8)[0]
     lane.start([feeds, other_feeds], rows=2)
     outputs = lane.finish()             # valid until the lane's next `start`
+
+A model with several *instances* has a lane for each, with a thread of its own that computes: over twins of its engine,
+which share the weights, or are processes of their own.
 """
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
-from edge_sdk.backends.base import Engine, Pipelined, Slot
+from edge_sdk.backends.base import Engine, Hosting, Pipelined, Shareable, Slot, Threaded
 from edge_sdk.errors import DeviceLost, EdgeSdkError
+from edge_sdk.runtime.turns import PatientEngine, Turnstile
 from edge_sdk.tensors import Array, Feeds, Outputs, allocate, is_batchable, sizes_vary, zeros
 
 
@@ -41,19 +47,60 @@ class Lane(Protocol):
         """Every output of what was started, once it is there."""
         ...
 
+    def close(self) -> None:
+        """Give back what the lane has beside the engine that it was made of. Nothing may be on its way."""
+        ...
 
-def lanes_of(engine: Engine, rows: int) -> list[Lane]:
-    """The engine's lanes, for batches of up to `rows`; there is at least one. Raises OutOfMemory."""
+
+def turnstile_for(engine: Engine) -> Turnstile:
+    """A turnstile for batches of `engine`, which need as many cores as it has threads."""
+    return Turnstile(engine.threads if isinstance(engine, Threaded) else 1)
+
+
+def lanes_of(engine: Engine, rows: int, *, instances: int = 1, turnstile: Turnstile | None = None) -> list[Lane]:
+    """The engine's lanes, for batches of up to `rows`; there is at least one. Raises OutOfMemory.
+
+    What they compute on the processor passes `turnstile`. An engine with slots of its own, or one that cannot be
+    shared, has no other `instances`. Raises as loading does where an instance cannot be had.
+    """
+    turnstile = turnstile or turnstile_for(engine)
+    if instances == 1 or not isinstance(engine, Shareable):
+        return _own_lanes(engine, rows, turnstile)
+    lanes: list[Lane] = []
+    try:
+        lanes.extend(
+            _instance(engine, engine.twin() if number else None, rows, turnstile) for number in range(instances)
+        )
+    except BaseException:  # of those that were made until then
+        for made in lanes:
+            made.close()
+        raise
+    return lanes
+
+
+def _instance(engine: Engine, twin: Engine | None, rows: int, turnstile: Turnstile) -> ThreadLane:
+    try:
+        (lane,) = _own_lanes(twin or engine, rows, turnstile)
+        return ThreadLane(lane, twin)
+    except BaseException:
+        if twin is not None:
+            twin.close()
+        raise
+
+
+def _own_lanes(engine: Engine, rows: int, turnstile: Turnstile) -> list[Lane]:
     batchable = is_batchable(engine.inputs, engine.outputs)
     free = any(spec.has_free_axes for spec in (*engine.inputs, *engine.outputs))
     if sizes_vary(engine.inputs) or (free and not batchable):
-        return [LooseLane(engine)]
+        return [LooseLane(PatientEngine(engine, turnstile))]
     if isinstance(engine, Pipelined) and (slots := engine.slots(rows)):
         return [SlotLane(slot) for slot in slots]
     inputs, outputs = allocate(engine.inputs, rows), allocate(engine.outputs, rows)
     if inputs is None or outputs is None:
-        return [LooseLane(engine)]
-    return [SlotLane(Slab(engine, inputs, outputs, batchable))]
+        return [LooseLane(PatientEngine(engine, turnstile))]
+    if isinstance(engine, Hosting):
+        inputs, outputs = engine.arrays(inputs, outputs)
+    return [SlotLane(Slab(PatientEngine(engine, turnstile), inputs, outputs, batchable))]
 
 
 class SlotLane:
@@ -82,6 +129,9 @@ class SlotLane:
     def finish(self) -> Outputs:
         self._slot.finish()
         return self._outputs
+
+    def close(self) -> None:
+        return
 
 
 class LooseLane:
@@ -113,6 +163,49 @@ class LooseLane:
     def finish(self) -> Outputs:
         outputs, self._outputs = self._outputs, {}
         return outputs
+
+    def close(self) -> None:
+        return
+
+
+class ThreadLane:
+    """A lane whose batches are computed on a thread of its own: `start` hands over, `finish` waits."""
+
+    def __init__(self, lane: Lane, engine: Engine | None) -> None:
+        """`engine` is the lane's own, to be closed with it; None where it is somebody else's."""
+        self.measurable = lane.measurable
+        self._lane = lane
+        self.engine = engine
+        self._orders: queue.SimpleQueue[tuple[Sequence[Feeds], int] | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Outputs | BaseException] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="edge-sdk-instance", daemon=True)
+        self._thread.start()
+
+    def warm(self, rows: int) -> None:
+        self._lane.warm(rows)
+
+    def start(self, requests: Sequence[Feeds], rows: int) -> None:
+        self._orders.put((requests, rows))
+
+    def finish(self) -> Outputs:
+        done = self._done.get()
+        if isinstance(done, BaseException):
+            raise done
+        return done
+
+    def close(self) -> None:
+        self._orders.put(None)
+        if self.engine is not None:
+            self.engine.close()
+
+    def _work(self) -> None:
+        """The life of the thread."""
+        while (order := self._orders.get()) is not None:
+            try:
+                self._lane.start(*order)
+                self._done.put(self._lane.finish())
+            except BaseException as exc:
+                self._done.put(exc)
 
 
 class Slab:

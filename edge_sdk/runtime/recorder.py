@@ -34,7 +34,7 @@ import stat
 import struct
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from edge_sdk.runtime import host
@@ -67,7 +67,7 @@ _TOLD = 4000
 class Flight:
     """A batch on its way, and who asked for it."""
 
-    __slots__ = ("cells", "limit_s", "model", "number", "requests")
+    __slots__ = ("cells", "limit_s", "model", "number", "requests", "waits")
 
     def __init__(self, number: int, model: str, requests: Sequence[Request], limit_s: float) -> None:
         self.number = number
@@ -76,6 +76,8 @@ class Flight:
         self.model = model
         self.requests = requests
         self.cells: list[int] = []
+        self.waits: Callable[[], bool] | None = None
+        """Whether it waits for others that compute, and so stands still without hanging."""
 
     def __str__(self) -> str:
         if not self.requests:

@@ -60,7 +60,7 @@ class Residence:
             try:
                 seconds = self._clock() - started
                 host.trim()  # half of what onnxruntime took to load a graph is free by now, and would stay with us
-                books.settle(key, host.private_bytes() - before, seconds)
+                books.settle(key, host.private_bytes() - before + worker.elsewhere_bytes, seconds)
                 books.check(key)
                 self._clear(lambda: books.overflow(key, self._tenants(), self._clock()), model)
             except BaseException:

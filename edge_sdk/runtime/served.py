@@ -471,7 +471,9 @@ class ServedModel:
         self, worker: Worker, batch: Sequence[Request], decoded: Mapping[int, Result], limit_s: float = math.inf
     ) -> None:
         self.statistics.count_batch(len(batch))
-        self._flights.append(self._recorder.begin(self.model, batch, limit_s))
+        flight = self._recorder.begin(self.model, batch, limit_s)
+        flight.waits = worker.turnstile.is_crowded
+        self._flights.append(flight)
         worker.start(batch, decoded)
 
     def _following(self, worker: Worker) -> tuple[Sequence[Request], Mapping[int, Result]]:

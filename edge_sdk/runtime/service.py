@@ -62,6 +62,7 @@ from edge_sdk.runtime.residence import NoRoomNow, Residence
 from edge_sdk.runtime.served import ServedModel, ignore_loss
 from edge_sdk.runtime.statistics import Statistics
 from edge_sdk.runtime.succession import Successions
+from edge_sdk.runtime.turns import Turns
 from edge_sdk.runtime.worker import Worker
 from edge_sdk.tasks.base import Payload
 
@@ -116,6 +117,7 @@ class Service:
         self._on_lost = on_lost
         self._on_due = on_due
         self._decoders = Decoders()
+        self._turns = Turns()
         self._machine = machine or Machine.read()
         self._profile = profile
         self._limits = limits
@@ -377,7 +379,7 @@ class Service:
             if model.give_up_hopeless(self._residence.expected_s(model)):
                 raise
             return
-        model.put_in_service(worker, quick=self._is_quick(worker))
+        self._employ(model, worker)
         model.digest = worker.package.digest
         log.debug("%s is back in memory.", worker.package)
         self._on_due()
@@ -546,15 +548,19 @@ class Service:
         if worker.loaded.second_best:
             reason = f"{worker.loaded.backend} answers. {why_none or worker.loaded.second_best}"
             log.warning("%s: %s", worker.package, reason, extra=_about(model))
-        model.put_in_service(worker, quick=self._is_quick(worker), reason=reason)
+        self._employ(model, worker, reason)
         model.digest = worker.package.digest
         log.info(
             "%s is ready on %s; a batch takes %.2f ms.", worker.package, worker.loaded.backend, worker.batch_s * 1000,
             extra=_about(model),
         )  # fmt: skip
 
-    def _is_quick(self, worker: Worker) -> bool:
-        return worker.batch_s <= self._inline_s
+    def _employ(self, model: ServedModel, worker: Worker, reason: str = "") -> None:
+        """Let `worker` compute for `model`: on the network thread, or in its turn with others on one of its own."""
+        quick = worker.batch_s <= self._inline_s and not worker.in_background
+        if not quick:
+            worker.turnstile.close(self._turns, model.model)
+        model.put_in_service(worker, quick=quick, reason=reason)
 
     def _do_later(self, order: Callable[[], None]) -> None:
         self._orders.put(order)

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edge_sdk.backends.aligned import AlignedEngine
+from edge_sdk.backends.base import Distant
 from edge_sdk.backends.registry import Loaded, load_engine
 from edge_sdk.errors import (
     DeadlineExceeded,
@@ -34,7 +35,7 @@ from edge_sdk.errors import (
 from edge_sdk.package import EnginePackage
 from edge_sdk.profiles import Machine
 from edge_sdk.runtime.batching import pack, pack_alike
-from edge_sdk.runtime.lanes import Lane, LooseLane, lanes_of
+from edge_sdk.runtime.lanes import Lane, LooseLane, ThreadLane, lanes_of, turnstile_for
 from edge_sdk.runtime.messages import Answer, Request, Timing
 from edge_sdk.runtime.sequences import Sequences, rounds
 from edge_sdk.seldom import Seldom
@@ -95,7 +96,14 @@ class Worker:
         """Of a stateful model: what is kept between requests. A worker that takes over may take this over, too."""
         self._engine = loaded.engine
         self._clock = clock
-        self._lanes = lanes_of(loaded.engine, self.max_rows)  # the free ones; the last is taken first
+        serving = package.manifest.serving
+        instances = serving.instances if self.sequences is None else 1  # what follows needs the state that was before
+        self.in_background = instances > 1 or serving.isolation == "process"
+        """Whether it computes on another thread, or may wait for another process: it is never quick."""
+        self.turnstile = turnstile_for(loaded.engine)
+        """Which its batches pass before they compute on the processor; open unless somebody closes it."""
+        self._lanes = lanes_of(loaded.engine, self.max_rows, instances=instances, turnstile=self.turnstile)
+        """The free ones; the last is taken first."""
         self._flights: deque[_Flight] = deque()  # those in use, in the order in which they were started
         self._failures = Seldom()
         self._defects = Seldom()
@@ -153,6 +161,12 @@ class Worker:
                 seconds.append(self._clock() - started if lane.measurable else float("inf"))
         self.batch_s = min(seconds)
         return self.batch_s
+
+    @property
+    def elsewhere_bytes(self) -> int:
+        """Memory that its engines hold in other processes; while nothing is on its way."""
+        twins = [lane.engine for lane in self._lanes if isinstance(lane, ThreadLane) and lane.engine is not None]
+        return sum(engine.elsewhere_bytes() for engine in (self._engine, *twins) if isinstance(engine, Distant))
 
     def ask(self, feeds: Feeds) -> Outputs:
         """What the engine gives for one request, without a task and while nothing is on its way."""
@@ -234,6 +248,8 @@ class Worker:
 
     def close(self) -> None:
         """Give the engine's memory back. Nothing may be on its way."""
+        for lane in self._lanes:
+            lane.close()
         self._lanes = [LooseLane(self._engine)]  # which holds no memory, and lets the engine say that it is closed
         self._engine.close()
 

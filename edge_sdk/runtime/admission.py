@@ -1,0 +1,96 @@
+"""Whose turn it is to compute, where several models share the cores of a device: pure decisions.
+
+A batch asks for as many cores as its engine has threads, and computes once it is granted them. So ten models never run
+on two cores at a time, where each would take five times as long and all of them would be late together.
+
+    admission.ask(claim)                # a batch wants to compute
+    admission.granted()                 # those whose turn has come, each once
+    admission.give_back(claim, 0.02)    # it took so many seconds
+
+Turns are fair among models by what they used, in core seconds: whoever had the least comes first, and one that was
+idle starts beside the others, with nothing saved up. Among claims of one model, the first asked is the first granted.
+Nobody overtakes whoever is first and does not fit: a model that needs all the cores gets them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+
+@dataclass(eq=False)
+class Claim:
+    """A batch that wants `cores` for itself. Each is asked for and given back once."""
+
+    model: str
+    cores: int
+    granted: bool = False
+
+
+@dataclass
+class Admission:
+    """The cores of a device, and who waits for them."""
+
+    cores: int
+    free: int = field(init=False)
+    _waiting: OrderedDict[str, deque[Claim]] = field(default_factory=OrderedDict)
+    """By model, and only those that have any."""
+    _computing: dict[str, int] = field(default_factory=dict)
+    """How many claims of each model hold cores."""
+    _used: dict[str, float] = field(default_factory=dict)
+    """Core seconds by model, counted from where it joined the others."""
+    _floor: float = 0.0
+    """What the last one that was granted had used: where one that was idle begins."""
+
+    def __post_init__(self) -> None:
+        self.free = self.cores
+
+    def ask(self, claim: Claim) -> None:
+        """Let `claim` wait for its turn. One that wants more cores than there are wants all of them."""
+        model = claim.model
+        if model not in self._used:  # which is when it may be worth it to forget others, who would begin anew as well
+            self._used = {one: used for one, used in self._used.items() if used > self._floor or self._is_active(one)}
+        if not self._is_active(model):
+            self._used[model] = max(self._used.get(model, 0.0), self._floor)
+        self._waiting.setdefault(model, deque()).append(claim)
+
+    def granted(self) -> list[Claim]:
+        """Those that may compute from now on, in their order; they hold their cores until `give_back`."""
+        turns: list[Claim] = []
+        while self._waiting:
+            model = min(self._waiting, key=self._used.__getitem__)
+            claim = self._waiting[model][0]
+            if self._wanted(claim) > self.free:
+                break
+            self._leave(claim)
+            self.free -= self._wanted(claim)
+            self._floor = max(self._floor, self._used[model])
+            self._computing[model] = self._computing.get(model, 0) + 1
+            claim.granted = True
+            turns.append(claim)
+        return turns
+
+    def give_back(self, claim: Claim, seconds: float) -> None:
+        """`claim` was granted, and took `seconds`."""
+        model = claim.model
+        self.free += self._wanted(claim)
+        self._used[model] += self._wanted(claim) * seconds
+        self._computing[model] -= 1
+        if not self._computing[model]:
+            del self._computing[model]
+
+    @property
+    def waiting(self) -> int:
+        return sum(len(claims) for claims in self._waiting.values())
+
+    def _is_active(self, model: str) -> bool:
+        return model in self._waiting or model in self._computing
+
+    def _wanted(self, claim: Claim) -> int:
+        return min(max(1, claim.cores), self.cores)
+
+    def _leave(self, claim: Claim) -> None:
+        waiting = self._waiting[claim.model]
+        waiting.popleft()
+        if not waiting:
+            del self._waiting[claim.model]

@@ -1,0 +1,115 @@
+"""The turns that models take on the cores of a device: a batch waits until `admission` says that it is the next.
+
+    turns = Turns(cores=2)
+    turnstile = Turnstile(threads=2)        # of one worker; open to everybody
+    turnstile.close(turns, "squeezenet")    # from now on its batches take their turns
+    with turnstile:
+        engine.infer(...)
+
+Only models with threads of their own wait here. One that computes on the network thread does not: its batches take
+milliseconds, and a network thread that waits keeps everybody else waiting.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+from edge_sdk.backends.base import Engine
+from edge_sdk.profiles import physical_cores
+from edge_sdk.runtime.admission import Admission, Claim
+from edge_sdk.tensors import Array, Outputs, TensorSpec
+
+
+class Turns:
+    """The cores of the device, shared by everybody who waits at a turnstile. Safe to use from any thread."""
+
+    def __init__(self, cores: int = 0) -> None:
+        """0 cores: the physical ones that this process may use."""
+        self._admission = Admission(cores or physical_cores())
+        self._lock = threading.Lock()
+        self._turns: dict[Claim, threading.Event] = {}
+
+    def enter(self, claim: Claim) -> None:
+        """Wait until `claim` may compute."""
+        turn = threading.Event()
+        with self._lock:
+            self._turns[claim] = turn
+            self._admission.ask(claim)
+            self._let_in()
+        turn.wait()
+
+    def leave(self, claim: Claim, seconds: float) -> None:
+        with self._lock:
+            self._admission.give_back(claim, seconds)
+            self._let_in()
+
+    def _let_in(self) -> None:
+        for claim in self._admission.granted():
+            self._turns.pop(claim).set()
+
+
+class Turnstile:
+    """One worker's way to the cores: open, until it is closed for good. Each thread passes it by itself."""
+
+    def __init__(self, threads: int) -> None:
+        """`threads` is how many cores a batch keeps busy."""
+        self._threads = threads
+        self._turns: Turns | None = None
+        self._model = ""
+        self._mine = threading.local()
+        self._claims: set[Claim] = set()
+
+    def close(self, turns: Turns, model: str) -> None:
+        """Let batches of `model` wait for their turn. Nothing may be on its way."""
+        self._turns, self._model = turns, model
+
+    @property
+    def is_open(self) -> bool:
+        return self._turns is None
+
+    def is_crowded(self) -> bool:
+        """Whether batches wait here, and none that has passed is computed. For any thread."""
+        claims = tuple(self._claims)
+        return bool(claims) and not any(claim.granted for claim in claims)
+
+    def __enter__(self) -> None:
+        if self._turns is not None:
+            claim = Claim(self._model, self._threads)
+            self._claims.add(claim)
+            self._turns.enter(claim)
+            self._mine.claim, self._mine.since = claim, time.monotonic()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._turns is not None:
+            self._claims.discard(self._mine.claim)
+            self._turns.leave(self._mine.claim, time.monotonic() - self._mine.since)
+
+
+class PatientEngine:
+    """An engine whose `infer` passes a turnstile first."""
+
+    def __init__(self, engine: Engine, turnstile: Turnstile) -> None:
+        self._engine = engine
+        self._turnstile = turnstile
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self._engine.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self._engine.outputs
+
+    def infer(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> Outputs:
+        if self._turnstile.is_open:
+            return self._engine.infer(feeds, out)
+        with self._turnstile:
+            return self._engine.infer(feeds, out)
+
+    def close(self) -> None:
+        self._engine.close()
