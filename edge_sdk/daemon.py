@@ -21,29 +21,32 @@ import logging
 import math
 import os
 import secrets
-import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from edge_sdk.backends.registry import usable_profile
+from edge_sdk.assembly import (
+    client_rates,
+    memory_budget,
+    open_health,
+    open_journal,
+    preferred_profile,
+    watched_certificate,
+)
 from edge_sdk.errors import (
     DeadlineExceeded,
     EngineFailed,
     EngineHung,
     IdReused,
-    ProfileError,
     QueueFull,
     RequestError,
     SettingsError,
     Unavailable,
 )
 from edge_sdk.mqtt import presence
-from edge_sdk.mqtt.access import BrokerAccess
 from edge_sdk.mqtt.codec import Codec
 from edge_sdk.mqtt.echo import OWN, Echo
 from edge_sdk.mqtt.identity import key_of
@@ -61,27 +64,24 @@ from edge_sdk.mqtt.transports.base import (
     Will,
 )
 from edge_sdk.notify import Notifier, watchdog_interval_s
-from edge_sdk.profiles import DeviceProfile, Machine, load_profile
+from edge_sdk.profiles import Machine
 from edge_sdk.runtime import host
 from edge_sdk.runtime.batching import QueueLimits
-from edge_sdk.runtime.memory import budget_for
 from edge_sdk.runtime.messages import Answer
 from edge_sdk.runtime.recorder import FlightRecorder
 from edge_sdk.runtime.served import ServedModel
 from edge_sdk.runtime.service import Service
 from edge_sdk.seldom import Seldom
 from edge_sdk.settings import Settings
+from edge_sdk.signals import Signals
 from edge_sdk.tasks.base import JSON
 from edge_sdk.tasks.oip import dump_json
 from edge_sdk.watch import Watch
 
 if TYPE_CHECKING:  # what few daemons use is loaded by those that do
     from edge_sdk.control import Control
-    from edge_sdk.health import Health
-    from edge_sdk.mqtt.certificates import ExpiryWatch
     from edge_sdk.mqtt.elsewhere import Elsewhere
     from edge_sdk.mqtt.group import Membership
-    from edge_sdk.mqtt.journal import Journal
     from edge_sdk.mqtt.rate import ClientRates
     from edge_sdk.sensors import Sensors
     from edge_sdk.stages import Stage
@@ -118,7 +118,7 @@ class Daemon:
         settings anew on SIGHUP, or raises SettingsError."""
         self._settings = settings
         self._access = settings.access()
-        self._certificate = _watched_certificate(self._access)
+        self._certificate = watched_certificate(self._access)
         self._reread = reread
         self._notifier = notifier or Notifier()
         self._topics = Topics(settings.root, settings.device)
@@ -150,15 +150,15 @@ class Daemon:
         )
         self._session = self._link.session
         self._membership = self._new_membership(transport, group_transport, tickets) if settings.groups else None
-        self._rates = _client_rates(settings)
-        self._journal = _opened_journal(settings, self._session)
-        self._health = _opened_health(settings)
         self._elsewhere: Elsewhere | None = None
+        self._rates = client_rates(settings)
+        self._journal = open_journal(settings, self._session)
+        self._health = open_health(settings, max_silence_s=HEALTH_PATIENCE_S)
         host.return_large_pieces()
         flights = settings.flights()
         self._recorder = FlightRecorder() if flights is None else FlightRecorder.open(flights)
         machine = Machine.read()
-        self._profile = _preferred_profile(settings, machine)
+        self._profile = preferred_profile(settings, machine)
         self._service = Service(
             settings.engines,
             on_answer=self._note_answer,
@@ -172,7 +172,7 @@ class Daemon:
             on_due=self._link.wake,
             store=settings.engine_cache,
             building=settings.building.enabled,
-            budget_bytes=_memory_budget(settings, machine, self._profile),
+            budget_bytes=memory_budget(settings, machine, self._profile),
             recorder=self._recorder,
             elsewhere=self._ask_elsewhere,
         )
@@ -204,7 +204,7 @@ class Daemon:
     def run(self) -> int:
         """Start up, serve, shut down."""
         self._owner = threading.get_ident()
-        with _Signals(self._on_stop_signal, self._on_reload_signal):
+        with Signals(stop=self.stop, reload=self.reload):
             self._service.start()
             self._watch.start()
             while not self._stop_requested:
@@ -738,95 +738,3 @@ class Daemon:
         log.error("The stop took too long and is cut short; the broker has what was not finished.")
         self._recorder.excuse()
         os._exit(1)
-
-    def _on_stop_signal(self, _number: int, _frame: FrameType | None) -> None:
-        self.stop()
-
-    def _on_reload_signal(self, _number: int, _frame: FrameType | None) -> None:
-        self.reload()
-
-
-class _Signals:
-    """SIGTERM and SIGINT stop, SIGHUP reloads, and afterwards everything is as it was.
-
-    Only the main thread may set handlers; elsewhere (an embedded daemon) this does nothing.
-    """
-
-    def __init__(self, stop: Callable[[int, FrameType | None], None], reload: Callable[[int, FrameType | None], None]):
-        self._wanted = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGHUP: reload}
-        self._former: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, handler) for number, handler in self._wanted.items()}
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
-
-
-def _opened_journal(settings: Settings, session: Session) -> Journal | None:
-    """The journal of `durable` delivery, with what it holds handed to the session; SettingsError."""
-    if (file := settings.journal()) is None:
-        return None
-    from edge_sdk.mqtt.journal import Journal
-
-    journal = Journal(file)
-    now = time.monotonic()
-    session.restore(journal.load(now, time.time()), now)
-    return journal
-
-
-def _client_rates(settings: Settings) -> ClientRates | None:
-    """What limits each client; None where nothing does."""
-    limits = settings.limits
-    if not limits.client_rate:
-        return None
-    from edge_sdk.mqtt.rate import ClientRates
-
-    return ClientRates(limits.client_rate, limits.client_burst)
-
-
-def _watched_certificate(access: BrokerAccess) -> ExpiryWatch | None:
-    """Our certificate, to be warned of its end ahead; None where we show none."""
-    for file in access.open_to_all():
-        log.warning("Every user of this machine may read %s, which holds a secret: chmod 600 it.", file)
-    if access.client_cert is None:
-        return None
-    from edge_sdk.mqtt.certificates import ExpiryWatch
-
-    return ExpiryWatch(access.client_cert)
-
-
-def _opened_health(settings: Settings) -> Health | None:
-    """What answers `health`; SettingsError if its port is taken."""
-    if (address := settings.health_address()) is None:
-        return None
-    from edge_sdk.health import Health
-
-    return Health(address, max_silence_s=HEALTH_PATIENCE_S)
-
-
-def _preferred_profile(settings: Settings, machine: Machine) -> DeviceProfile | None:
-    if settings.serving.profile is not None:
-        return load_profile(settings.serving.profile)
-    try:
-        return usable_profile(machine)[0]
-    except ProfileError:
-        return None
-
-
-def _memory_budget(settings: Settings, machine: Machine, profile: DeviceProfile | None) -> int | None:
-    """What models may hold together: as the settings say, else what the machine and its control groups leave."""
-    if (budget_bytes := settings.memory.budget_bytes) is not None:
-        return budget_bytes
-    budget_bytes = budget_for(
-        profile,
-        machine_bytes=machine.memory_bytes,
-        limit_bytes=host.limit_bytes(),
-        own_bytes=host.resident_bytes(),
-    )
-    log.info(
-        "Models may hold %s bytes of memory.", f"{budget_bytes:,}" if budget_bytes is not None else "any number of"
-    )
-    return budget_bytes
