@@ -60,7 +60,8 @@ class Answer:
     model_version: str
     device: str
     timing: dict[str, float]
-    """Milliseconds on the device, by stage (`queue`, `infer`); empty on MQTT 3.1.1."""
+    """Milliseconds on the device, by stage (`queue`, `infer`; `decode`, `encode` where they took long); empty on MQTT
+    3.1.1."""
     content_type: str
     raw: bytes = field(repr=False)
     """The body as it came."""

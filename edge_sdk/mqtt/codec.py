@@ -23,6 +23,9 @@ HEADER_LENGTH = "inference-header-content-length"
 SEQUENCE_ID, SEQUENCE_START, SEQUENCE_END, SEQUENCE_STEP = (
     "sequence-id", "sequence-start", "sequence-end", "sequence-step",
 )  # fmt: skip
+TOLD_MS = 0.05
+"""Of decoding and phrasing, `server-timing` says what took so long: a picture's, and not ten numbers'."""
+
 MAX_CORRELATION = 128
 """Bytes of correlation data that are echoed."""
 
@@ -98,6 +101,10 @@ class Codec:
         if answer.timing is not None:
             timing = answer.timing
             said = f"queue;dur={timing.queue_ms:.2f}, infer;dur={timing.infer_ms:.2f}"
+            if timing.decode_ms >= TOLD_MS:
+                said += f", decode;dur={timing.decode_ms:.2f}"
+            if timing.encode_ms >= TOLD_MS:
+                said += f", encode;dur={timing.encode_ms:.2f}"
             for name, took_ms in timing.stages:
                 said += f", {name};dur={took_ms:.2f}"
             user.append(("server-timing", said))

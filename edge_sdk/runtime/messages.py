@@ -41,14 +41,21 @@ class Request:
 
 @dataclass(frozen=True)
 class Timing:
-    """Where the time of a request went, in milliseconds."""
+    """Where the time of a request went, in milliseconds: it waited, was decoded, computed, and its answer phrased."""
 
     queue_ms: float
+    """Until its batch began to compute, but for its own decoding."""
     infer_ms: float
+    """Its batch."""
     batch: int = 1
     """How many requests were computed together."""
     stages: tuple[tuple[str, float], ...] = ()
     """Of a pipeline: how long each of its stages took, waiting included."""
+    decode_ms: float = 0.0
+    """0 where it was too short to tell."""
+    encode_ms: float = 0.0
+    together: tuple[int, ...] = ()
+    """The tickets of the batch, where there are several."""
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,9 @@ from edge_sdk.tensors import Feeds, Outputs, sizes_vary
 
 log = logging.getLogger(__name__)
 
+_WORTH_TELLING_S = 50e-6
+"""What took less is not told of: to write it down would take as long."""
+
 _NONE: Mapping[int, Decoded | RequestError] = {}
 
 Group = Sequence[tuple[Request, Decoded]]
@@ -178,6 +181,7 @@ class Worker:
 
     def decode(self, request: Request) -> Decoded | RequestError:
         """A request understood, or what is wrong with it; any thread may call it, at any time."""
+        began = self._clock()
         try:
             if self.sequences is None:
                 decoded = self.task.decode(request.payload)
@@ -192,6 +196,8 @@ class Worker:
                     request, self._defects.count, extra=self._about(request),
                 )  # fmt: skip
             return InferenceFailed("The request could not be decoded; the device's log has the reason.")
+        if (took_s := self._clock() - began) > _WORTH_TELLING_S:
+            decoded = replace(decoded, took_s=took_s)
         if self._sizes_vary and self.max_rows == 1:
             return replace(decoded, rows=0)  # its first axis may be no batch at all, only of a size that varies too
         if decoded.rows > self.max_rows:
@@ -294,17 +300,23 @@ class Worker:
             if self.sequences is not None:
                 self.sequences.let_go(*group[0])
             return [self._answer(request, _as_request_error(exc)) for request, _ in group]
-        infer_ms = (self._clock() - flight.launched) * 1000
+        now = self._clock()
+        infer_ms = (now - flight.launched) * 1000
+        together = tuple([request.ticket for request, _ in group]) if len(group) > 1 else ()
         answers = []
         first = 0
         for (request, decoded), feeds in zip(group, flight.feeds):
             rows = _rows_of(outputs, first, decoded.rows)
             first += decoded.rows
-            timing = Timing((flight.started - request.received) * 1000, infer_ms, len(group))
             result = (
                 self._encode(rows, decoded)
                 if self.sequences is None
                 else self._advance(self.sequences, request, decoded, feeds, rows)
+            )
+            waited_ms = (flight.launched - request.received - decoded.took_s) * 1000
+            phrased, now = now, self._clock()
+            timing = Timing(
+                waited_ms, infer_ms, len(group), (), decoded.took_s * 1000, (now - phrased) * 1000, together
             )
             answers.append(self._answer(request, result, timing))
         return answers

@@ -59,6 +59,8 @@ class Decoded:
     """Whatever the task needs to remember to phrase the answer."""
     sequence: SequencePart | None = None
     """What the body says about it."""
+    took_s: float = 0.0
+    """How long it took to understand; 0 where that was next to nothing, or nobody looked."""
 
 
 @dataclass(frozen=True)

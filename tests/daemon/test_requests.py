@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
 import struct
 import subprocess
 import threading
@@ -138,7 +139,7 @@ def test_a_picture_is_answered_with_labels(wire: Wire, pictures: list[Path]) -> 
     assert user["status"] == "200"
     assert user["device"] == DEVICE
     assert user["model-version"] == "1"
-    assert "infer;dur=" in user["server-timing"]
+    assert ["queue", "infer", "decode"] == re.findall(r"(\w+);dur=", user["server-timing"])[:3]
     assert 0 < (answer.properties.message_expiry_s or 0) <= 30
 
 

@@ -176,6 +176,20 @@ def test_an_answer_carries_the_contracts_properties() -> None:
     } == dict(sent.properties.user)  # fmt: skip
 
 
+def test_what_took_long_is_told() -> None:
+    """Decoding a picture and phrasing a large answer have a place of their own; next to nothing has not."""
+    timings = (Timing(1.0, 2.0, decode_ms=10.0, encode_ms=0.5), Timing(1.0, 2.0, decode_ms=0.0, encode_ms=0.049))
+    told = [
+        CODEC.message(Answer(1, Body(b""), "3", timing), ROUTE, 1.0).properties.user_value("server-timing")
+        for timing in timings
+    ]
+
+    assert [
+        "queue;dur=1.00, infer;dur=2.00, decode;dur=10.00, encode;dur=0.50",
+        "queue;dur=1.00, infer;dur=2.00",
+    ] == told
+
+
 @pytest.mark.parametrize("remaining_s", [0.0, -5.0, 0.4])
 def test_an_answer_always_lives_for_a_second(remaining_s: float) -> None:
     """Expiry 0 would have the broker drop it at once."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -215,14 +214,17 @@ def test_an_answer_outlives_the_next_batch(hire: Hire) -> None:
 
 
 def test_timing_is_measured_on_the_clock_that_was_given(hire: Hire) -> None:
-    """Queueing until the batch began, computing, and how many shared it."""
+    """Each look at it takes a second: waiting, until all of the batch was decoded, computing, decoding, phrasing; and
+    who shared it."""
     ticks = iter(range(100, 200))
     worker = hire(packages.scaling(), clock=lambda: float(next(ticks)))
-    answers = worker.run_batch([request(1.0, received=98.0), request(1.0, received=99.0)])
+    requests = [request(1.0, received=98.0), request(1.0, received=99.0)]
+    answers = worker.run_batch(requests)
+    timings = [answer.timing for answer in answers if answer.timing is not None]
 
-    assert [(2000.0, 1000.0, 2), (1000.0, 1000.0, 2)] == [
-        dataclasses.astuple(answer.timing) for answer in answers if answer.timing is not None
-    ]
+    assert [6000.0, 5000.0] == [timing.queue_ms for timing in timings]
+    assert {(1000.0, 1000.0, 1000.0, 2)} == {(t.decode_ms, t.infer_ms, t.encode_ms, t.batch) for t in timings}
+    assert {tuple(each.ticket for each in requests)} == {timing.together for timing in timings}
     assert ["1", "1"] == [answer.model_version for answer in answers]
 
 
