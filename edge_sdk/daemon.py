@@ -709,6 +709,7 @@ class Daemon:
                     access=settings.access(),
                     protocol=settings.broker.protocol,
                     root=settings.root,
+                    client_id=settings.device,  # so that access control can name where its answers come
                 )
             )
         self._elsewhere.ask(stage, payload, timeout_s, done)

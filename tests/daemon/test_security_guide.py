@@ -19,6 +19,7 @@ from edge_sdk.mqtt.access import BrokerAccess
 from edge_sdk.mqtt.client import Client
 from edge_sdk.mqtt.negotiation import ProtocolSetting
 from edge_sdk.mqtt.transports.base import (
+    FAILURE,
     NOT_AUTHORIZED,
     Acknowledged,
     Connected,
@@ -125,10 +126,17 @@ def test_a_client_with_these_rights_is_answered(site: Site, pictures: list[Path]
 
 def test_the_daemon_has_all_it_needs(site: Site) -> None:
     """The broker refused it nothing that it publishes or reads, and it sees the end of its certificate."""
+    device = site.bare(DEVICE, f"edge/v1/{DEVICE}/models/+/result/-/+")
+    asking_itself = [published(device, f"edge/v1/{DEVICE}/models/-/{kind}/-/7") for kind in ("infer", "result")]
+    heard = eventually(lambda: _heard(device), "what it sends itself")
+    device.transport.close()
     operator = site.bare("operator", f"edge/v1/{DEVICE}/stats")
     stats = json.loads(operator.next(Received).message.payload)
     operator.transport.close()
 
+    assert max(asking_itself) < FAILURE
+    assert [f"edge/v1/{DEVICE}/models/-/result/-/7"] == [event.message.topic for event in heard]
+    assert "ok" == stats["self_test"]["requests"]
     assert 0 == stats["mqtt"]["refused"]
     assert 360 < stats["client_certificate_days"] <= 365
     assert "refused" not in site.daemon.said()
@@ -212,11 +220,11 @@ def edge_sdk(*words: object) -> Any:
 def published(driver: Driver, topic: str) -> int:
     """What the broker says to a message on `topic`."""
     handle = driver.transport.publish(Message(topic, b"forged"))
-    code: int = eventually(lambda: _code(driver, handle), "acknowledged")
-    return code
+    codes: list[int] = eventually(lambda: _codes(driver, handle), "acknowledged")
+    return codes[0]
 
 
-def _code(driver: Driver, handle: int) -> int | None:
+def _codes(driver: Driver, handle: int) -> list[int]:
     """The broker's answer to a publication, once it is there."""
     driver.events += driver.transport.poll(0.05)
-    return next((e.code for e in driver.events if isinstance(e, Acknowledged) and e.handle == handle), None)
+    return [event.code for event in driver.events if isinstance(event, Acknowledged) and event.handle == handle]
