@@ -7,15 +7,20 @@ on two cores at a time, where each would take five times as long and all of them
     admission.granted()                 # those whose turn has come, each once
     admission.give_back(claim, 0.02)    # it took so many seconds
 
-Turns are fair among models by what they used, in core seconds: whoever had the least comes first, and one that was
-idle starts beside the others, with nothing saved up. Among claims of one model, the first asked is the first granted.
-Nobody overtakes whoever is first and does not fit: a model that needs all the cores gets them.
+Turns are fair by what models used, in core seconds: of those that wait when a core comes free, whoever had the least
+comes first. One that was idle starts beside the others, or a little before them: a model that phrases its last answers
+before it asks again was not idle. Among claims of one model, the first asked is the first granted. Nobody overtakes
+whoever is first and does not fit: a model that needs all the cores gets them. No batch is interrupted, and no core is
+kept free for somebody who may ask next: between two short batches of one model there may be a long one of another.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
+
+_SAVED_S = 1.0
+"""Core seconds by which a model that comes back may be ahead of the others, if it used so much less than they did."""
 
 
 @dataclass(eq=False)
@@ -40,18 +45,18 @@ class Admission:
     _used: dict[str, float] = field(default_factory=dict)
     """Core seconds by model, counted from where it joined the others."""
     _floor: float = 0.0
-    """What the last one that was granted had used: where one that was idle begins."""
+    """The most that anybody had used when it was granted a turn: where a model begins that was never there."""
 
     def __post_init__(self) -> None:
         self.free = self.cores
 
     def ask(self, claim: Claim) -> None:
         """Let `claim` wait for its turn. One that wants more cores than there are wants all of them."""
-        model = claim.model
+        model, lowest = claim.model, self._floor - _SAVED_S
         if model not in self._used:  # which is when it may be worth it to forget others, who would begin anew as well
-            self._used = {one: used for one, used in self._used.items() if used > self._floor or self._is_active(one)}
+            self._used = {one: used for one, used in self._used.items() if used > lowest or self._is_active(one)}
         if not self._is_active(model):
-            self._used[model] = max(self._used.get(model, 0.0), self._floor)
+            self._used[model] = max(self._used.get(model, self._floor), lowest)
         self._waiting.setdefault(model, deque()).append(claim)
 
     def granted(self) -> list[Claim]:

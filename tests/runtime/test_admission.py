@@ -106,6 +106,27 @@ def test_a_newcomer_neither_waits_nor_takes_all() -> None:
     assert ["new", "old"] * 3 == order
 
 
+def test_who_comes_back_is_ahead_by_a_little() -> None:
+    """After an hour in which it asked for nothing: as far as a second of the cores goes, and no further."""
+    admission = Admission(1)
+    for model, times in (("idle", 1), ("busy", 3600)):
+        for _ in range(times):
+            claim = Claim(model, 1)
+            admission.ask(claim)
+            assert [claim] == admission.granted()
+            admission.give_back(claim, 1.0)
+    for model in ("busy", "idle") * 8:
+        admission.ask(Claim(model, 1))
+    order = []
+    while turns := admission.granted():
+        order.append(turns[0].model)
+        admission.give_back(turns[0], 0.5)
+
+    assert ["idle"] * 4 == order[:4]
+    assert {"idle", "busy"} == set(order[4:6])
+    assert 4 == order[4:12].count("idle")
+
+
 def test_one_that_wants_everything_is_not_starved() -> None:
     """While it is first and does not fit, nobody overtakes, so the cores come free."""
     admission = Admission(2)
