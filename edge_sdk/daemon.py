@@ -24,10 +24,11 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from edge_sdk.account import Account
 from edge_sdk.assembly import (
     client_rates,
     memory_budget,
@@ -46,7 +47,6 @@ from edge_sdk.errors import (
     SettingsError,
     Unavailable,
 )
-from edge_sdk.mqtt import presence
 from edge_sdk.mqtt.codec import Codec
 from edge_sdk.mqtt.echo import OWN, Echo
 from edge_sdk.mqtt.identity import key_of
@@ -69,9 +69,7 @@ from edge_sdk.runtime import host
 from edge_sdk.runtime.batching import QueueLimits
 from edge_sdk.runtime.messages import Answer
 from edge_sdk.runtime.recorder import FlightRecorder
-from edge_sdk.runtime.served import ServedModel
 from edge_sdk.runtime.service import Service
-from edge_sdk.seldom import Seldom
 from edge_sdk.settings import Settings
 from edge_sdk.signals import Signals
 from edge_sdk.tasks.base import JSON
@@ -83,7 +81,6 @@ if TYPE_CHECKING:  # what few daemons use is loaded by those that do
     from edge_sdk.mqtt.elsewhere import Elsewhere
     from edge_sdk.mqtt.group import Membership
     from edge_sdk.mqtt.rate import ClientRates
-    from edge_sdk.sensors import Sensors
     from edge_sdk.stages import Stage
     from edge_sdk.tasks.base import Payload
     from edge_sdk.tensors import Outputs
@@ -134,12 +131,11 @@ class Daemon:
         self._echo = Echo(self._topics, self._codec.boot_id, self_test_s=settings.serving.self_test_s)
         self._echo_told = ""
         tickets = itertools.count(1)
-        self._draining = False
         self._link = Link(
             transport,
             protocol=settings.broker.spoken,
             options=self._connect_options,
-            subscriptions=self._subscriptions(5),
+            subscriptions={},  # until it is connected: what can be read depends on the version
             too_large=self._codec.too_large,
             durable=settings.delivery == "durable",
             numbers=tickets,
@@ -177,6 +173,18 @@ class Daemon:
             elsewhere=self._ask_elsewhere,
         )
         self._watch = Watch(self._recorder, hang_s=settings.serving.hang_s, on_hang=self._end_failed)
+        self._account = Account(
+            settings,
+            self._topics,
+            self._codec.boot_id,
+            self._profile,
+            service=self._service,
+            link=self._link,
+            echo=self._echo,
+            membership=self._membership,
+            journal=self._journal,
+            certificate=self._certificate,
+        )
         self._control = self._new_control(tickets) if settings.commands.enabled else None
         self._routes: dict[int, tuple[Session, ReplyRoute, float]] = {}  # ticket -> where the answer goes, by when
         self._answers: deque[Answer] = deque()  # appended by any thread
@@ -185,9 +193,6 @@ class Daemon:
         self._stop_requested = False
         self._reload_requested = False
         self._changed = False
-        self._announced: dict[str, bytes] = {}
-        self._sensors: Sensors | None = None
-        self._condition: Mapping[str, Any] = {}
         self._moves_told = 0
         self._stats_at = 0.0
         self._alive_at = 0.0
@@ -196,10 +201,6 @@ class Daemon:
         self._busy_poll_s = settings.serving.busy_poll_us / 1e6
         self._watchdog_s = watchdog_interval_s()
         self._ready = False
-        self._unroutable = Seldom()
-        self._dropped = 0
-        self._limited = 0
-        self._started = time.monotonic()
 
     def run(self) -> int:
         """Start up, serve, shut down."""
@@ -286,7 +287,7 @@ class Daemon:
             session.answered(session.received(event, None, now).ticket, None, now)
             return
         if event.packet_id is None and session.unsent >= MAX_UNSENT:
-            self._dropped += 1
+            self._account.dropped += 1
             return
         intake = session.received(event, route, now)
         if intake.fate in ("joined", "replayed"):
@@ -295,7 +296,7 @@ class Daemon:
         try:
             if not taking:
                 raise Unavailable("The device is stopping.", retry_after_ms=1000)
-            if self._draining and session is self._session:
+            if self._account.draining and session is self._session:
                 raise Unavailable("The device is drained.", retry_after_ms=DRAINED_RETRY_MS)
             if intake.fate == "reused":
                 raise IdReused("This id was used before, with another payload.", fix="Give each request its own.")
@@ -316,7 +317,7 @@ class Daemon:
 
     def _look_for_echo(self, now: float) -> None:
         """Ask ourselves what is due, and tell of what does not come back."""
-        if not self._link.is_connected or self._draining:
+        if not self._link.is_connected or self._account.draining:
             return
         former = self._echo_told
         if (ping := self._echo.due(now, self._session.counts.received)) is not None:
@@ -328,12 +329,12 @@ class Daemon:
                 log.error("This device's %s.", trouble)
             else:
                 log.info("What this device sends to itself comes back again.")
-            self._notifier.status(self._status())
+            self._notifier.status(self._account.status())
 
     def _check_rate(self, rates: ClientRates, client: str, now: float) -> None:
         """Raises QueueFull for a client that asks more often than it may."""
         if wait_s := rates.take(client, now):
-            self._limited += 1
+            self._account.limited += 1
             raise QueueFull(
                 f"This client asks more often than {self._settings.limits.client_rate:g} times a second.",
                 fix="Try again later.",
@@ -346,12 +347,12 @@ class Daemon:
 
     def _note_unroutable(self, message: Message, now: float) -> None:
         """Count it, and say so at most once a minute: its sender waits for an answer that cannot come."""
-        if self._unroutable.happened(now):
-            told = message.topic[:200]
+        if self._account.unroutable.happened(now):
+            topic, wanted = message.topic[:200], str(message.properties.response_topic)[:200]
             log.warning(
                 "A message on %s was not answered: it is retained, or names a Response Topic that this device may not "
                 "write to (%s). %d of that kind so far.",
-                told, str(message.properties.response_topic)[:200], self._unroutable.count, extra={"topic": told},
+                topic, wanted, self._account.unroutable.count, extra={"topic": topic},
             )  # fmt: skip
 
     def _finish_answers(self) -> None:
@@ -386,7 +387,7 @@ class Daemon:
             self._session,
             self._service,
             tickets,
-            info=lambda: self._info(self._service.by_name()),
+            info=self._account.info,
             drain=lambda: self._drain(True),
             resume=lambda: self._drain(False),
             wake=self._link.wake,
@@ -394,21 +395,21 @@ class Daemon:
 
     def _drain(self, draining: bool) -> dict[str, Any]:
         """Take no more requests, and finish those that were accepted; or take them again. How far that is."""
-        if draining != self._draining:
-            self._draining, self._changed = draining, True
+        if draining != self._account.draining:
+            self._account.draining, self._changed = draining, True
             self._link.listen(self._subscriptions(self._link.version))
             if self._membership is not None and draining:
                 self._membership.leave()
             elif self._membership is not None:
                 self._membership.come_back(self._link, time.monotonic())
-            self._notifier.status(self._status())
+            self._notifier.status(self._account.status())
         return {"draining": draining, "waiting": self._service.waiting()}
 
     # The connection
 
     def _subscriptions(self, version: MqttVersion) -> dict[str, QoS]:
         """What is read from the broker now, in this version of MQTT. A device that is drained hears commands only."""
-        requests = [] if self._draining else self._topics.subscriptions()
+        requests = [] if self._account.draining else self._topics.subscriptions()
         if requests and version == 4 and self._settings.serving.self_test_s:
             requests.append(self._echo.pongs)
         commands: dict[str, QoS] = {self._topics.command_subscription(): 1} if self._settings.commands.enabled else {}
@@ -454,7 +455,7 @@ class Daemon:
         return replace(options, client_id=f"{options.client_id}.group", clean_start=True, session_expiry_s=0, will=None)
 
     def _on_connected(self) -> None:
-        self._announced.clear()
+        self._account.forget()
         self._changed = True
         self._link.listen(self._subscriptions(self._link.version))
         self._echo.connected(self._link.version, time.monotonic())
@@ -463,13 +464,13 @@ class Daemon:
 
     def _on_group_changed(self) -> None:
         self._changed = True
-        self._notifier.status(self._status())
+        self._notifier.status(self._account.status())
 
     def _on_trouble(self) -> None:
         if not self._link.is_connected:
             self._echo.closed()
             self._echo_told = ""
-        self._notifier.status(self._status())
+        self._notifier.status(self._account.status())
 
     def _on_refused(self, topic: str, code: int) -> None:
         self._echo.refused(topic, code, time.monotonic())
@@ -477,41 +478,6 @@ class Daemon:
     def _write_down(self, record: Record) -> None:
         if self._journal is not None:
             self._journal.write(record, time.monotonic(), time.time())
-
-    # What is known about us
-
-    def _announce(self) -> None:
-        """Publish, retained, what has changed since this connection last heard it."""
-        models = self._service.by_name()
-        current = {
-            self._topics.availability: b"online",
-            self._topics.info: dump_json(self._info(models)),
-        }
-        for name, versions in models.items():
-            current[self._topics.model(name)] = dump_json(presence.metadata(versions))
-        gone = [topic for topic in self._announced if topic not in current]
-        for topic, payload in [*current.items(), *((topic, b"") for topic in gone)]:
-            if self._announced.get(topic) != payload:
-                is_json = topic != self._topics.availability
-                properties = Properties(content_type=JSON if is_json else None)
-                self._session.announce(Message(topic, payload, retain=self._link.may_retain, properties=properties))
-        self._announced = current
-
-    def _info(self, models: dict[str, list[ServedModel]]) -> dict[str, Any]:
-        limits = {
-            "max_payload": self._settings.limits.max_payload_bytes,
-            "receive_maximum": self._settings.broker.receive_maximum,
-            "request_timeout_s": self._settings.limits.request_timeout_s,
-        }
-        group = self._membership.described() if self._membership is not None else None
-        return presence.info(
-            boot_id=self._codec.boot_id,
-            profile=self._profile,
-            limits=limits,
-            models=models,
-            group=group,
-            draining=self._draining,
-        )
 
     # Housekeeping
 
@@ -521,21 +487,21 @@ class Daemon:
             self._reload()
         if self._changed and self._link.is_connected:
             self._changed = False
-            self._announce()
+            self._account.announce()
             self._link.perform()
         if not self._ready and self._service.settled:
             self._ready = True
-            self._notifier.ready(self._status())
+            self._notifier.ready(self._account.status())
         if now >= self._look_at:
             self._look_at = now + 1.0
             self._give_up_late(now)
             self._finish_answers()
             self._look_for_echo(now)
             if self._health is not None:
-                self._health.update(self._stats(now), ready=self._is_ready())
+                self._health.update(self._account.stats(now), ready=self._account.is_ready())
         if now >= self._stats_at:
             self._stats_at = now + self._settings.stats_interval_s
-            self._condition = self._read_condition()
+            self._account.look_at_machine()
             if self._certificate is not None and (warning := self._certificate.warning(time.time())):
                 log.warning("%s", warning)
             if (moves := self._service.moves) != self._moves_told:  # retained: not at the rate at which models move
@@ -544,71 +510,15 @@ class Daemon:
                 self._link.publish(
                     Message(
                         self._topics.stats,
-                        dump_json(self._stats(now)),
+                        dump_json(self._account.stats(now)),
                         qos=0,
                         properties=Properties(content_type=JSON),
                     )
                 )
-                self._notifier.status(self._status())
+                self._notifier.status(self._account.status())
         if self._watchdog_s is not None and now >= self._alive_at:
             self._alive_at = now + self._watchdog_s / 2
             self._notifier.alive()
-
-    def _stats(self, now: float) -> dict[str, Any]:
-        mqtt = {
-            **asdict(self._session.counts),
-            "unroutable": self._unroutable.count,
-            "dropped": self._dropped,
-            "limited": self._limited,
-        }
-        journal = {"journal": self._journal.problem or "ok"} if self._journal is not None else {}
-        group = {"group": self._membership.counts()} if self._membership is not None else {}
-        return {
-            "uptime_s": round(now - self._started, 1),
-            **self._service.snapshot(),
-            "mqtt": {**mqtt, "unsent": self._session.unsent},
-            **journal,
-            **group,
-            "self_test": self._echo.states,
-            **(self._certificate.figures(time.time()) if self._certificate is not None else {}),
-            "memory_bytes": host.resident_bytes(),
-            "memory": {
-                **self._service.memory(),
-                "answer_cache_bytes": self._session.remembered_bytes,
-                "outbox_bytes": self._session.outbox_bytes,
-                "journal_bytes": self._journal.size_bytes if self._journal is not None else 0,
-            },
-            "machine": self._condition,
-        }
-
-    def _read_condition(self) -> Mapping[str, Any]:
-        """What the machine tells of itself, looked for only where somebody looks: the figures are due."""
-        if self._sensors is None:
-            from edge_sdk.sensors import Sensors
-
-            self._sensors = Sensors()
-        return self._sensors.read()
-
-    def _is_ready(self) -> bool:
-        """Whether requests come in, and some model answers them."""
-        models = self._service.models()
-        hears = self._link.is_connected and not self._draining and not self._echo.trouble
-        return hears and any(model.answers for model in models)
-
-    def _status(self) -> str:
-        models = self._service.models()
-        ready = sum(model.answers for model in models)
-        are_ready = f"{ready} of {len(models)} models ready"
-        if self._draining:
-            are_ready += ", drained"
-        if self._link.trouble:
-            return f"Not connected: {self._link.trouble} ({are_ready})"
-        if self._echo.trouble:
-            return f"Connected, but {self._echo.trouble} ({are_ready})"
-        group = ""
-        if self._membership is not None and self._membership.reason:
-            group = f"; not in {', '.join(self._membership.groups)}: {self._membership.reason}"
-        return f"{are_ready}, {'connected' if self._link.is_connected else 'not connected'}{group}"
 
     def _pause_s(self, now: float) -> float:
         """How long the next poll may wait for something to happen."""
