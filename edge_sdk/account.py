@@ -115,7 +115,7 @@ class Account:
             "mqtt": {**asdict(session.counts), **counts, "unsent": session.unsent},
             **journal,
             **group,
-            "self_test": self._echo.states,
+            "self_test": {**self._echo.states, "models": self._service.self_test},
             **(self._certificate.figures(time.time()) if self._certificate is not None else {}),
             "memory_bytes": host.resident_bytes(),
             "memory": {

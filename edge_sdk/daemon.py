@@ -170,6 +170,7 @@ class Daemon:
             building=settings.building.enabled,
             budget_bytes=memory_budget(settings, machine, self._profile),
             recorder=self._recorder,
+            self_test_s=settings.serving.self_test_s,
             elsewhere=self._ask_elsewhere,
         )
         self._watch = Watch(self._recorder, hang_s=settings.serving.hang_s, on_hang=self._end_failed)
@@ -497,8 +498,10 @@ class Daemon:
             self._give_up_late(now)
             self._finish_answers()
             self._look_for_echo(now)
+            self._service.test_itself(now)
             if self._health is not None:
-                self._health.update(self._account.stats(now), ready=self._account.is_ready())
+                stats, ready = self._account.stats(now), self._account.is_ready()
+                self._health.update(stats, ready=ready, ailing=self._service.ailing)
         if now >= self._stats_at:
             self._stats_at = now + self._settings.stats_interval_s
             self._account.look_at_machine()
@@ -516,7 +519,7 @@ class Daemon:
                     )
                 )
                 self._notifier.status(self._account.status())
-        if self._watchdog_s is not None and now >= self._alive_at:
+        if self._watchdog_s is not None and now >= self._alive_at and not self._service.ailing:
             self._alive_at = now + self._watchdog_s / 2
             self._notifier.alive()
 

@@ -4,7 +4,8 @@
     health.update(stats, ready=True)       # at least every few seconds, from the thread whose life is being watched
     health.close()
 
-`/healthz` is 200 while `update` keeps being called: it tells whether the daemon moves, not whether this thread does.
+`/healthz` is 200 while `update` keeps being called, and every model answers its self-test: it tells whether the daemon
+moves, not whether this thread does.
 `/readyz` is 200 while requests can come in and a model can answer them. `/metrics` is the latest figures in
 Prometheus's text format, and needs the extra `metrics`. What is asked reads only what was handed over last, so a slow
 or hostile reader costs the daemon nothing.
@@ -35,6 +36,7 @@ class _State:
     stats: Stats
     ready: bool
     at: float
+    ailing: str = ""
 
 
 class Health:
@@ -57,9 +59,9 @@ class Health:
         self.port: int = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, name="edge-sdk-health", daemon=True).start()
 
-    def update(self, stats: Stats, *, ready: bool) -> None:
-        """Hand over the latest figures; they are not to be changed afterwards."""
-        self._state = _State(stats, ready, self._clock())
+    def update(self, stats: Stats, *, ready: bool, ailing: str = "") -> None:
+        """Hand over the latest figures; they are not to be changed afterwards. `ailing`: who has stopped answering."""
+        self._state = _State(stats, ready, self._clock(), ailing)
 
     def close(self) -> None:
         self._server.shutdown()
@@ -71,6 +73,8 @@ class Health:
         silence_s = self._clock() - state.at
         alive = silence_s <= self._max_silence_s
         match path.partition("?")[0]:
+            case "/healthz" if alive and state.ailing:
+                return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, f"no answer from {state.ailing}\n".encode()
             case "/healthz" if alive:
                 return HTTPStatus.OK, _TEXT, b"ok\n"
             case "/healthz":

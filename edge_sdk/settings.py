@@ -130,8 +130,8 @@ class Serving(Table):
     """A batch that computes for longer ends the daemon, to be started anew: nothing else ends what hangs in native
     code. 0: it may take for ever."""
     self_test_s: float = Field(default=30.0, ge=0)
-    """Half of it is how long the broker may deliver nothing of what the device sends to itself, before that is told.
-    0: it sends nothing."""
+    """How long a model may be left alone before it is asked zeros, and twice as long as the broker may deliver nothing
+    of what the device sends to itself. 0: neither is tried out."""
     profile: str | None = None
     """The device profile preferred where a model was built for several; None: the one detected."""
 

@@ -127,6 +127,14 @@ def test_ready_is_said_from_the_first_moment_on(health: Health) -> None:
     assert 503 == get(health, "/readyz")[0]
 
 
+def test_a_model_that_stopped_answering_is_no_health(health: Health) -> None:
+    """It is named; requests still come in, and other models answer them."""
+    health.update(STATS, ready=True, ailing="digits/1")
+
+    assert (503, "no answer from digits/1\n") == get(health, "/healthz")
+    assert 200 == get(health, "/readyz")[0]
+
+
 def test_metrics_are_prometheus_text(health: Health) -> None:
     """Read back by Prometheus's own parser: base units, labels, counters."""
     parser = pytest.importorskip("prometheus_client.parser", reason="the extra `metrics` is not installed")

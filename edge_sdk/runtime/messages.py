@@ -11,6 +11,8 @@ from typing import Union
 from edge_sdk.errors import RequestError
 from edge_sdk.tasks.base import Body, Payload
 
+SELF_TEST = 0
+"""The ticket of a self-test, of which there is one at a time: nobody else's, and not counted."""
 DEFAULT_PRIORITY = 4
 """As in JMS, whose ten levels other brokers have taken over."""
 

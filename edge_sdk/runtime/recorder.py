@@ -38,7 +38,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from edge_sdk.runtime import host
-from edge_sdk.runtime.messages import Request
+from edge_sdk.runtime.messages import SELF_TEST, Request
 from edge_sdk.runtime.quarantine import MAX_RECORDS, Quarantine, Record
 
 try:
@@ -80,7 +80,7 @@ class Flight:
         """Whether it waits for others that compute, and so stands still without hanging."""
 
     def __str__(self) -> str:
-        if not self.requests:
+        if self.requests[0].ticket == SELF_TEST:
             return f"a self-test of {self.model}"
         tickets = ", ".join(str(request.ticket) for request in self.requests[:8])
         more = f" and {len(self.requests) - 8} more" if len(self.requests) > 8 else ""
@@ -124,7 +124,7 @@ class FlightRecorder:
         return recorder
 
     def begin(self, model: str, requests: Sequence[Request], limit_s: float = math.inf) -> Flight:
-        """Note that `requests` are about to be computed. None of them: a self-test."""
+        """Note that `requests` are about to be computed."""
         flight = Flight(next(self._numbers), model, requests, limit_s)
         self._open[flight.number] = flight
         if (cells := self._cells) is not None:

@@ -25,7 +25,7 @@ from edge_sdk.errors import DeadlineExceeded, DeviceLost, RequestError, Unavaila
 from edge_sdk.package import EnginePackage
 from edge_sdk.runtime.batching import BatchPlanner, Plan, QueueLimits
 from edge_sdk.runtime.decoding import Decoders, Result, Stage
-from edge_sdk.runtime.messages import Answer, Request
+from edge_sdk.runtime.messages import SELF_TEST, Answer, Request
 from edge_sdk.runtime.recorder import Flight, FlightRecorder
 from edge_sdk.runtime.sequences import Sequences
 from edge_sdk.runtime.statistics import Statistics
@@ -430,7 +430,8 @@ class ServedModel:
         more: bool,
         limit_s: float = math.inf,
     ) -> None:
-        self.last_used = now
+        if batch[0].ticket != SELF_TEST:
+            self.last_used = now
         try:
             self._start(worker, batch, decoded, limit_s)
             while worker.in_flight:
@@ -442,7 +443,8 @@ class ServedModel:
                 answers = worker.finish()
                 self._recorder.end(self._flights.popleft())
                 began, now = now, self._clock()
-                self.last_used = now
+                if answers[0].ticket != SELF_TEST:
+                    self.last_used = now
                 self._planner.computed(len(answers), now - began)
                 for answer in answers:
                     self._finish(answer)
@@ -470,7 +472,8 @@ class ServedModel:
     def _start(
         self, worker: Worker, batch: Sequence[Request], decoded: Mapping[int, Result], limit_s: float = math.inf
     ) -> None:
-        self.statistics.count_batch(len(batch))
+        if batch[0].ticket != SELF_TEST:
+            self.statistics.count_batch(len(batch))
         flight = self._recorder.begin(self.model, batch, limit_s)
         flight.waits = worker.turnstile.is_crowded
         self._flights.append(flight)
@@ -544,5 +547,6 @@ class ServedModel:
         )
 
     def _finish(self, answer: Answer) -> None:
-        self.statistics.count(answer)
+        if answer.ticket != SELF_TEST:
+            self.statistics.count(answer)
         self._on_answer(answer)

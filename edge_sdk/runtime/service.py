@@ -55,10 +55,11 @@ from edge_sdk.runtime.batching import QueueLimits
 from edge_sdk.runtime.catalog import Entry, Key, newest_first, scan, to_load
 from edge_sdk.runtime.decoding import Decoders
 from edge_sdk.runtime.memory import MIN_TURN_S, Books
-from edge_sdk.runtime.messages import Answer, Request
+from edge_sdk.runtime.messages import SELF_TEST, Answer, Request
 from edge_sdk.runtime.pipelines import Elsewhere, Pipeline, Pipelines, is_internal
 from edge_sdk.runtime.recorder import FlightRecorder
 from edge_sdk.runtime.residence import NoRoomNow, Residence
+from edge_sdk.runtime.self_test import SelfTests
 from edge_sdk.runtime.served import ServedModel, ignore_loss
 from edge_sdk.runtime.statistics import Statistics
 from edge_sdk.runtime.succession import Successions
@@ -95,6 +96,7 @@ class Service:
         building: bool = True,
         budget_bytes: int | None = None,
         recorder: FlightRecorder | None = None,
+        self_test_s: float = 0.0,
         elsewhere: Elsewhere | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -108,7 +110,8 @@ class Service:
 
         `on_lost` is told that a device is in a state which only a new process ends. What was being computed gets no
         answer. `store` is the folder for engines that are built here (None: the user's own), if `building` allows it.
-        `recorder` is told of what is being computed, and knows what former processes ended with.
+        `recorder` is told of what is being computed, and knows what former processes ended with. `self_test_s` is how
+        long a model may be left alone before `test_itself` asks it something.
         """
         self.statistics = Statistics()
         self._engines = engines
@@ -124,6 +127,7 @@ class Service:
         self._newest_wins = newest_wins
         self._inline_s = inline_ms / 1000
         self._clock = clock
+        self._self_tests = SelfTests(self_test_s)
         self._recorder = recorder or FlightRecorder()
         self._solitary: Solitary | None = None
         if self._recorder.quarantine:
@@ -213,6 +217,31 @@ class Service:
             if model.waiting and (model.quick or model.worker is None):
                 worked |= model.run_once()
         return worked
+
+    def test_itself(self, now: float) -> None:
+        """Ask a model that nobody asks, where one is due. For the thread that submits, about once a second."""
+        former = self._self_tests.ailing
+        model = self._self_tests.choose(self._models.values(), now)
+        if model is not None:
+            try:
+                model.submit(self._self_tests.request_for(model, now))
+            except RequestError as exc:
+                self._self_tests.note(Answer(SELF_TEST, exc))
+        if (ailing := self._self_tests.ailing) != former:
+            if ailing:
+                log.error("%s answered before, and gives no answer to zeros any more.", ailing)
+            else:
+                log.info("%s answers again.", former)
+
+    @property
+    def ailing(self) -> str:
+        """Which models answered before, and do not any more; empty while there is none."""
+        return self._self_tests.ailing
+
+    @property
+    def self_test(self) -> str:
+        """What the self-tests have shown: `untested`, `ok` or `failed`."""
+        return self._self_tests.state
 
     def wake_at(self) -> float | None:
         """When `run_quick` will next have something to do; None: not before something is submitted."""
@@ -314,8 +343,8 @@ class Service:
         self._tell_change()
 
     def _finish(self, answer: Answer) -> None:
-        if is_internal(answer.ticket):
-            self._pipelines.take(answer)
+        if answer.ticket <= SELF_TEST:  # nobody's request
+            (self._pipelines.take if is_internal(answer.ticket) else self._self_tests.note)(answer)
             return
         with self._counting:
             self.statistics.count(answer)

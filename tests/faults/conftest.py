@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -134,3 +136,15 @@ def stats_from(broker: Broker, device: str = DEVICE) -> dict[str, Any]:
     told: dict[str, Any] = json.loads(ear.next().payload)
     ear.transport.close()
     return told
+
+
+def status_of(port: int, path: str) -> int | None:
+    """What the daemon's `health` answers there; None while nothing listens."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=5) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as exc:
+        with exc:
+            return exc.code
+    except OSError:
+        return None

@@ -9,8 +9,6 @@ import re
 import signal
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ from tests.faults.conftest import (
     numbers,
     pid_of,
     stats_from,
+    status_of,
 )
 from tests.faults.fake_broker import CONNECT, PINGREQ, PUBLISH, SUBSCRIBE, FakeBroker, Rules, connack, disconnect
 from tests.faults.proxy import Proxy
@@ -143,7 +142,6 @@ def test_case_11_the_answers_topic_is_denied(tmp_path: Path, open_daemon: OpenDa
     ("denied", "protocol", "what"),
     [
         ("infer/#", "5", "requests do not arrive"),
-        ("infer/#", "3.1.1", "requests do not arrive"),
         ("result/#", "3.1.1", "answers do not leave"),
     ],
 )
@@ -178,13 +176,13 @@ def test_case_11_12_the_broker_denies_without_a_word(
         eventually(lambda: what in daemon.said(), "the log says so")
         eventually(lambda: what in ear.status, "the status says so")
         eventually(lambda: "failed" in stats_from(broker)["self_test"].values(), "the figures say so")
-        eventually(lambda: _status_of(port, "readyz") == 503, "not ready")
-        alive_all_the_same = _status_of(port, "healthz")
+        eventually(lambda: status_of(port, "readyz") == 503, "not ready")
+        alive_all_the_same = status_of(port, "healthz")
         settings = Settings.model_validate({"device": DEVICE, "broker": {"url": broker.url, **told}})
         found = {finding.subject: finding for finding in doctor.examine(settings)}["rights at the broker"]
         rights.write_text(f"{everybody}topic readwrite edge/v1/{DEVICE}/#\n")
         broker.signal(signal.SIGHUP)
-        eventually(lambda: _status_of(port, "readyz") == 200, "ready")
+        eventually(lambda: status_of(port, "readyz") == 200, "ready")
         eventually(lambda: what not in ear.status, "the status is right again")
         restored = {finding.subject: finding for finding in doctor.examine(settings)}["rights at the broker"]
 
@@ -193,18 +191,6 @@ def test_case_11_12_the_broker_denies_without_a_word(
     assert what in found.detail
     assert found.fix.startswith("Allow this device to ")
     assert "ok" == restored.level
-
-
-def _status_of(port: int, path: str) -> int | None:
-    """None while nothing listens there."""
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}", timeout=5) as response:
-            return int(response.status)
-    except urllib.error.HTTPError as exc:
-        with exc:
-            return exc.code
-    except OSError:
-        return None
 
 
 def _counts_if(broker: Broker, wanted: Any) -> dict[str, Any] | None:

@@ -13,10 +13,10 @@ from onnx import TensorProto, helper
 from edge_sdk.errors import EngineHung, NoAnswer, Unavailable
 from edge_sdk.mqtt.client import Client
 from edge_sdk.mqtt.transports.base import Message, Properties
-from tests.brokers import Broker, eventually
+from tests.brokers import Broker, eventually, free_port
 from tests.daemon.processes import error_of
 from tests.daemon.test_requests import Wire
-from tests.faults.conftest import MODELS, POISON, OpenDaemon, OpenScene, alive, doubled, numbers, stats_from
+from tests.faults.conftest import MODELS, POISON, OpenDaemon, OpenScene, alive, doubled, numbers, stats_from, status_of
 from tests.faults.fleet import FACTOR, PATIENT, Load
 from tests.faults.history import Answered, Life
 from tests.faults.scene import DEVICE, busy
@@ -214,6 +214,51 @@ def test_case_61_a_request_that_hangs_is_given_up(
     assert [EngineHung.exit_code] * 2 + [0] == ends
     assert "of odd has taken more than 1 s" in scene.daemon.said()
     assert report.kept, report
+
+
+def test_case_61_a_model_that_nobody_asks(
+    tmp_path: Path, mosquitto: Broker, open_daemon: OpenDaemon, misbehaving_engines: Engines
+) -> None:
+    """The self-test finds it out: one that stops answering starves the watchdog and makes /healthz say so; one that
+    hangs ends the daemon."""
+    fails, hangs = tmp_path / "fails", tmp_path / "hangs"
+    for mark in (fails, hangs):
+        mark.touch()
+    odd = misbehaving_engines(
+        {"do": "raise", "once": str(fails)}, {"do": "sleep", "seconds": 600.0, "once": str(hangs)}
+    )
+    port, watchdog_s = free_port(), 1.0
+    with Ear(tmp_path, watchdog_s=watchdog_s) as ear:
+        daemon = open_daemon(
+            mosquitto.url,
+            engines=odd,
+            extra=ear.environment,
+            health=f"127.0.0.1:{port}",
+            stats_interval_s="0.2",
+            serving__self_test_s="0.5",
+            serving__hang_s="1",
+        )
+        eventually(lambda: status_of(port, "readyz") == 200, "ready")
+        eventually(lambda: stats_from(mosquitto)["self_test"]["models"] == "ok", "tested")
+
+        def spoilt() -> bool:
+            fails.unlink(missing_ok=True)
+            return status_of(port, "healthz") == 503
+
+        eventually(spoilt, "/healthz says that it fails")
+        fed, until = ear.fed, time.monotonic() + watchdog_s
+        while time.monotonic() < until:
+            spoilt()
+        fed_meanwhile = ear.fed - fed
+        eventually(lambda: status_of(port, "healthz") == 200, "it answers again")
+        hangs.unlink()
+        assert daemon.process is not None
+        code = daemon.process.wait(30)
+
+    assert 0 == fed_meanwhile
+    assert "odd/1 answered before, and gives no answer to zeros any more." in daemon.said()
+    assert EngineHung.exit_code == code
+    assert "a self-test of odd has taken more than 1 s" in daemon.said()
 
 
 @pytest.mark.parametrize("delivery", ["at-least-once", "durable"])
