@@ -6,6 +6,7 @@ on two cores at a time, where each would take five times as long and all of them
     admission.ask(claim)                # a batch wants to compute
     admission.granted()                 # those whose turn has come, each once
     admission.give_back(claim, 0.02)    # it took so many seconds
+    admission.write_off(claim)          # it holds them for so long that nobody should wait for it any more
 
 Turns are fair by what models used, in core seconds: of those that wait when a core comes free, whoever had the least
 comes first. One that was idle starts beside the others, or a little before them: a model that phrases its last answers
@@ -30,6 +31,8 @@ class Claim:
     model: str
     cores: int
     granted: bool = False
+    written_off: bool = False
+    """Whether its cores were given to others while it held them."""
 
 
 @dataclass
@@ -78,11 +81,18 @@ class Admission:
     def give_back(self, claim: Claim, seconds: float) -> None:
         """`claim` was granted, and took `seconds`."""
         model = claim.model
-        self.free += self._wanted(claim)
+        if not claim.written_off:
+            self.free += self._wanted(claim)
         self._used[model] += self._wanted(claim) * seconds
         self._computing[model] -= 1
         if not self._computing[model]:
             del self._computing[model]
+
+    def write_off(self, claim: Claim) -> None:
+        """Give the cores of `claim`, which was granted them, to others; it computes on beside them, if it does."""
+        if not claim.written_off:
+            claim.written_off = True
+            self.free += self._wanted(claim)
 
     @property
     def waiting(self) -> int:

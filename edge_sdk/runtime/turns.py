@@ -8,6 +8,8 @@
 
 Only models with threads of their own wait here. One that computes on the network thread does not: its batches take
 milliseconds, and a network thread that waits keeps everybody else waiting.
+
+A batch that computes for longer than `HELD_S` no longer keeps others waiting: it may hang, and then it never leaves.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ from edge_sdk.profiles import physical_cores
 from edge_sdk.runtime.admission import Admission, Claim
 from edge_sdk.tensors import Array, Outputs, TensorSpec
 
+HELD_S = 3.0
+"""Longer than nearly every batch. Those that take longer share the cores with the others from then on."""
+
 
 class Turns:
     """The cores of the device, shared by everybody who waits at a turnstile. Safe to use from any thread."""
@@ -31,6 +36,7 @@ class Turns:
         self._admission = Admission(cores or physical_cores())
         self._lock = threading.Lock()
         self._turns: dict[Claim, threading.Event] = {}
+        self._inside: dict[Claim, float] = {}  # since when
 
     def enter(self, claim: Claim) -> None:
         """Wait until `claim` may compute."""
@@ -39,15 +45,22 @@ class Turns:
             self._turns[claim] = turn
             self._admission.ask(claim)
             self._let_in()
-        turn.wait()
+        while not turn.wait(HELD_S):
+            with self._lock:
+                for held, since in self._inside.items():
+                    if time.monotonic() - since >= HELD_S:
+                        self._admission.write_off(held)
+                self._let_in()
 
     def leave(self, claim: Claim, seconds: float) -> None:
         with self._lock:
+            del self._inside[claim]
             self._admission.give_back(claim, seconds)
             self._let_in()
 
     def _let_in(self) -> None:
         for claim in self._admission.granted():
+            self._inside[claim] = time.monotonic()
             self._turns.pop(claim).set()
 
 

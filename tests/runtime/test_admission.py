@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -177,3 +178,45 @@ def test_threads_pass_the_gate_as_many_as_there_are_cores() -> None:
 
     assert {f"m{n}": 50 for n in range(10)} == passed
     assert (2, 0) == (most, inside)
+
+
+def test_who_holds_the_cores_for_too_long_keeps_nobody_waiting() -> None:
+    """What is written off is free for others, once; when it is given back after all, nothing is free twice."""
+    admission = Admission(2)
+    hung, quick = Claim("hung", 2), Claim("quick", 1)
+    admission.ask(hung)
+    first = admission.granted()
+    admission.ask(quick)
+    before = admission.granted()
+    admission.write_off(hung)
+    admission.write_off(hung)
+    after = admission.granted()
+    admission.give_back(quick, 0.1)
+    admission.give_back(hung, 600.0)
+
+    assert [hung] == first
+    assert [] == before
+    assert [quick] == after
+    assert 2 == admission.free
+
+
+def test_a_batch_that_hangs_lets_others_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One waits for it for a while, those behind it do not wait again."""
+    monkeypatch.setattr("edge_sdk.runtime.turns.HELD_S", 0.1)
+    turns = Turns(cores=1)
+    turns.enter(Claim("hung", 1))
+    computed: list[int] = []
+
+    def compute(number: int) -> None:
+        claim = Claim("quick", 1)
+        turns.enter(claim)
+        computed.append(number)
+        turns.leave(claim, 0.01)
+
+    others = [threading.Thread(target=compute, args=(number,), daemon=True) for number in range(20)]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join(PATIENCE_S)
+
+    assert list(range(20)) == sorted(computed)
