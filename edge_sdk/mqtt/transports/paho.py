@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 from paho.mqtt.client import MQTT_CLEAN_START_FIRST_ONLY, Client, ConnectFlags, DisconnectFlags
-from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties as PahoProperties
 from paho.mqtt.reasoncodes import ReasonCode
@@ -148,7 +148,8 @@ class PahoCodec:
     def _read_by_paho(self, first: int, body: memoryview) -> Packet:
         self._wire.put(first, body)
         while self._wire.inbound and not self._noted:
-            self._paho.loop_read()
+            if self._paho.loop_read() is not MQTTErrorCode.MQTT_ERR_SUCCESS:
+                break  # after a refusal it reads nothing any more
         if not self._noted:
             raise MalformedPacket("the broker sent something that is not MQTT")
         return self._noted.pop(0)
