@@ -6,7 +6,9 @@ Whatever cannot be had is a SettingsError that names the setting, before the dae
 from __future__ import annotations
 
 import logging
+import os
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from edge_sdk.backends.registry import usable_profile
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     from edge_sdk.mqtt.certificates import ExpiryWatch
     from edge_sdk.mqtt.journal import Journal
     from edge_sdk.mqtt.rate import ClientRates
+    from edge_sdk.mqtt.tracing import RequestSpans
+
+OTLP_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+"""OpenTelemetry's own settings: where either is set, requests are traced without one of ours."""
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +73,15 @@ def open_health(settings: Settings, *, max_silence_s: float) -> Health | None:
     from edge_sdk.health import Health
 
     return Health(address, max_silence_s=max_silence_s)
+
+
+def open_spans(settings: Settings, environment: Mapping[str, str] = os.environ) -> RequestSpans | None:
+    """What traces requests; None where neither the settings nor OpenTelemetry's variables want it. SettingsError."""
+    if settings.tracing.endpoint is None and not any(environment.get(name) for name in OTLP_VARIABLES):
+        return None
+    from edge_sdk.mqtt.tracing import begin_tracing
+
+    return begin_tracing(settings.tracing.endpoint, settings.device)
 
 
 def preferred_profile(settings: Settings, machine: Machine) -> DeviceProfile | None:

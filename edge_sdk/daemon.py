@@ -34,6 +34,7 @@ from edge_sdk.assembly import (
     memory_budget,
     open_health,
     open_journal,
+    open_spans,
     preferred_profile,
     watched_certificate,
 )
@@ -150,6 +151,7 @@ class Daemon:
         self._rates = client_rates(settings)
         self._journal = open_journal(settings, self._session)
         self._health = open_health(settings, max_silence_s=HEALTH_PATIENCE_S)
+        self._spans = open_spans(settings)
         host.return_large_pieces()
         flights = settings.flights()
         self._recorder = FlightRecorder() if flights is None else FlightRecorder.open(flights)
@@ -293,6 +295,8 @@ class Daemon:
         intake = session.received(event, route, now)
         if intake.fate in ("joined", "replayed"):
             return
+        if self._spans is not None:
+            self._spans.began(intake.ticket, message, now)
         self._routes[intake.ticket] = (session, route, now + self._settings.limits.request_timeout_s)
         try:
             if not taking:
@@ -363,7 +367,10 @@ class Daemon:
             answer = self._answers.popleft()
             if (open_request := self._routes.pop(answer.ticket, None)) is not None:  # else it was given up
                 session, route, deadline = open_request
-                session.answered(answer.ticket, self._codec.message(answer, route, deadline - now), now)
+                message = self._codec.message(answer, route, deadline - now)
+                if self._spans is not None:
+                    message = self._spans.finished(answer, message)
+                session.answered(answer.ticket, message, now)
             elif self._control is not None:
                 self._control.note(answer)
         if self._control is not None:
@@ -594,6 +601,8 @@ class Daemon:
             self._journal.close()
         if self._health is not None:
             self._health.close()
+        if self._spans is not None:
+            self._spans.close()
         log.info("Stopped%s.", f"; {left} requests were handed back to the broker" if left else "")
         return 0
 

@@ -153,6 +153,21 @@ class Memory(Table):
     more models are served than fit, those used longest ago make room and come back when they are asked."""
 
 
+class Tracing(Table):
+    endpoint: str | None = None
+    """Where spans are sent by OTLP over HTTP, as http://127.0.0.1:4318/v1/traces; None: wherever OTEL_EXPORTER_OTLP_*
+    say, and nowhere without them."""
+
+    @field_validator("endpoint")
+    @classmethod
+    def _over_http(cls, endpoint: str | None) -> str | None:
+        if endpoint is not None and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", endpoint):
+            raise ValueError(
+                "a collector's address begins with http:// or https://, as http://127.0.0.1:4318/v1/traces"
+            )
+        return endpoint
+
+
 class Settings(Table):
     """Everything `edge-sdk serve` can be told."""
 
@@ -183,6 +198,7 @@ class Settings(Table):
     building: Building = Building()
     commands: Commands = Commands()
     memory: Memory = Memory()
+    tracing: Tracing = Tracing()
 
     @field_validator("reply_prefixes")
     @classmethod

@@ -28,6 +28,7 @@ DOORS = {
     "tensorrt": {"backends/tensorrt/api.py"},
     "tensorrt_rtx": {"backends/tensorrt/api.py"},
     "tomllib": {"toml.py"},
+    "opentelemetry": {"mqtt/tracing.py"},
     "wsproto": {"mqtt/transports/websocket.py"},
     "tomli": {"toml.py"},
 }
@@ -46,6 +47,7 @@ VENDORS = (
     "pycuda",
     "cuda",
     "wsproto",
+    "opentelemetry",
 )
 
 

@@ -99,10 +99,12 @@ class ClientCodec:
         protocol: MqttVersion,
         remaining_s: float,
         group: str | None = None,
+        trace: tuple[tuple[str, str], ...] = (),
     ) -> Message:
         """The PUBLISH that asks; `remaining_s` is what is left until the deadline. `body` must be `protocol`'s form.
 
-        It asks whoever of `group` gets it, or else `device`. Raises SettingsError for a `version` or a `group` on MQTT
+        It asks whoever of `group` gets it, or else `device`. `trace` are user properties that name the request's span,
+        on MQTT 5. Raises SettingsError for a `version` or a `group` on MQTT
         3.1.1.
         """
         check_version(version, protocol, group)
@@ -118,6 +120,7 @@ class ClientCodec:
             user.append(("model-version", version))
         if sequence is not None:
             user += _sequence_properties(sequence)
+        user += trace
         properties = Properties(
             response_topic=self.reply_topic,
             correlation_data=key.to_bytes(8, "big"),

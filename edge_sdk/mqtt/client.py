@@ -15,6 +15,7 @@ it: one background thread that owns the connection. What is on the wire is `edge
 from __future__ import annotations
 
 import secrets
+import sys
 import threading
 import time
 from collections import deque
@@ -23,7 +24,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -62,6 +63,9 @@ from edge_sdk.mqtt.transports.base import (
     Transport,
 )
 from edge_sdk.tasks.base import BINARY, Body, SequencePart
+
+if TYPE_CHECKING:
+    from edge_sdk.mqtt.tracing import UserProperties
 
 __all__ = ["Answer", "BrokerAccess", "Client", "ClientStatistics", "Data", "Prediction"]
 
@@ -103,6 +107,7 @@ class _Job:
     group: str | None
     deadline: float
     sequence: SequencePart | None = None
+    trace: UserProperties = ()
 
 
 class Client:
@@ -269,6 +274,8 @@ class Client:
         job = _Job(
             Future(), model, version, encode, accept, encode(protocol), protocol, device, group, deadline, sequence
         )
+        if "opentelemetry.trace" in sys.modules:
+            self._trace(job)
         with self._lock:
             if self._closing:
                 raise NoAnswer("This client is closed.")
@@ -529,8 +536,16 @@ class Client:
         return self._codec.request(
             request.key, request.device or "", job.model, job.body,
             version=job.version, accept=job.accept, sequence=job.sequence, protocol=version,
-            remaining_s=request.deadline - now, group=request.group,
+            remaining_s=request.deadline - now, group=request.group, trace=job.trace,
         )  # fmt: skip
+
+    def _trace(self, job: _Job) -> None:
+        """Give the request a span, where the program traces."""
+        from edge_sdk.mqtt.tracing import client_span
+
+        if (span := client_span(job.model, job.device)) is not None:
+            job.trace = span.properties
+            job.future.add_done_callback(span.end)
 
     # ----------------------------------------------------------------------------------------------------- connection
 
