@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from edge_sdk.backends.base import Engine
+from edge_sdk.backends.base import Distant, Engine, Threaded
 from edge_sdk.sequence import SequenceRules, Sizes
 from edge_sdk.tensors import Array, Outputs, TensorSpec
 
@@ -35,6 +35,13 @@ class AlignedEngine:
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         return self._outputs
+
+    @property
+    def threads(self) -> int:
+        return self._engine.threads if isinstance(self._engine, Threaded) else 1
+
+    def elsewhere_bytes(self) -> int:
+        return self._engine.elsewhere_bytes() if isinstance(self._engine, Distant) else 0
 
     def infer(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> Outputs:
         taken = {**feeds, **self._constants}

@@ -95,12 +95,19 @@ class BatchPlanner:
             displaced += [Answer(older.ticket, _superseded(older)) for older in self._leave(superseded)]
         if victims:
             displaced += [Answer(victim.ticket, self._full(victim)) for victim in self._leave(victims)]
-        flow = (request.client, _ANY if self.in_order else request.priority)
-        if (waiting := self._flows.get(flow)) is None:
-            waiting = self._flows[flow] = deque()
-        waiting.append(request)
+        self._flow_of(request).append(request)
         self._count(request, 1)
         return displaced
+
+    def keep_order(self, in_order: bool) -> None:
+        """Let `in_order` be so from now on, also for those that wait: of each client in the order of arrival."""
+        if in_order == self.in_order:
+            return
+        self.in_order = in_order
+        waiting = [request for flow in self._flows.values() for request in flow]
+        self._flows.clear()
+        for request in sorted(waiting, key=lambda request: request.received):
+            self._flow_of(request).append(request)
 
     def take(self, now: float) -> Plan:
         """The next batch, the most deserving first; empty while it is worth waiting for company."""
@@ -139,6 +146,13 @@ class BatchPlanner:
         """Take everything that waits, for a model that goes away."""
         everything = [request for waiting in self._flows.values() for request in waiting]
         return tuple(sorted(self._leave(everything), key=lambda request: request.received))
+
+    def _flow_of(self, request: Request) -> deque[Request]:
+        """Where `request` waits, behind others of its kind."""
+        flow = (request.client, _ANY if self.in_order else request.priority)
+        if (waiting := self._flows.get(flow)) is None:
+            waiting = self._flows[flow] = deque()
+        return waiting
 
     def _next(self, now: float) -> Request:
         """Take out the request whose turn it is; its flow goes behind the others."""

@@ -182,6 +182,12 @@ class Sequences:
             context = state[name]
             if context.ndim != brought[name].ndim:  # zeros, before the first request: as long as the context
                 context = _zeros_before(brought[name], axis, self._context.samples)
+            if _without(context.shape, axis) != _without(brought[name].shape, axis):
+                raise InvalidTensor(
+                    f"The input {name!r} is of shape {list(brought[name].shape)}, and what the sequence keeps of it is "
+                    f"{list(context.shape)}: they differ in more than axis {axis}.",
+                    fix="Every request of a sequence has the size of its first one.",
+                )
             feeds[name] = np.concatenate([context, brought[name]], axis=axis)
         return feeds
 
@@ -222,6 +228,10 @@ def _initial(rules: SequenceRules, inputs: Mapping[str, TensorSpec]) -> dict[str
     if rules.context is not None:
         initial[rules.context.input] = _NOTHING
     return initial
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return shape[:axis] + shape[axis + 1 :]
 
 
 def _zeros_before(array: Array, axis: int, samples: int) -> Array:

@@ -75,6 +75,7 @@ class ServedModel:
         *,
         limits: QueueLimits,
         newest_wins: bool = False,
+        stateful: bool = False,
         on_answer: Callable[[Answer], None],
         on_lost: Callable[[DeviceLost], None] = ignore_loss,
         decoders: Decoders | None = None,
@@ -88,6 +89,9 @@ class ServedModel:
 
         Big pictures are left to the `decoders`; when they are done, `on_due` is called there: a quick model may have
         something to compute.
+
+        `stateful` is what the package says that is to be loaded: requests that wait for it keep their order, and none
+        drops out of the middle. A worker knows it better.
 
         `on_called` is to bring back the worker of a model that is out of memory, and says in how many seconds it will
         be there. It must only take note.
@@ -117,7 +121,7 @@ class ServedModel:
         self._flights: deque[Flight] = deque()  # of the worker in use, in the order in which they were started
         self._changed = threading.Condition()  # guards everything below
         self._newest_wins = newest_wins
-        self._planner = BatchPlanner(batch=1, limits=limits, newest_wins=newest_wins)
+        self._planner = BatchPlanner(1, limits=limits, newest_wins=newest_wins and not stateful, in_order=stateful)
         self._decoders = decoders
         self._on_due = on_due
         self._stage: Stage | None = None
@@ -271,7 +275,7 @@ class ServedModel:
                 self._planner.max_wait_s = batching.max_wait_ms / 1000
                 stateful = worker.sequences is not None
                 self._planner.newest_wins = (batching.newest_wins or self._newest_wins) and not stateful
-                self._planner.in_order = stateful
+                self._planner.keep_order(stateful)
                 self._take_over_sequences(worker)
                 if self._stage is None and self._decoders is not None and worker.task.takes_pictures:
                     self._stage = Stage(

@@ -463,7 +463,7 @@ class Service:
         }
         served = {key: model.digest for key, model in stay.items() if model.is_at_its_best}
         gone = [model for key, model in self._models.items() if key not in stay]
-        self._models = {key: stay.get(key) or self._new_model(key) for key in wanted}
+        self._models = {key: stay.get(key) or self._new_model(key, entry.package) for key, entry in wanted.items()}
         self._pipelines.follow(self._engines)
         served_all: dict[Key, ServedModel] = {**self._pipelines.served, **self._models}
         self._by_name = {
@@ -484,11 +484,12 @@ class Service:
         self._on_change()
         return [entry for entry in to_load(served, wanted) if entry.key not in self._unloaded]
 
-    def _new_model(self, key: Key) -> ServedModel:
+    def _new_model(self, key: Key, package: EnginePackage | None) -> ServedModel:
         model = ServedModel(
             *key,
             limits=self._limits,
             newest_wins=self._newest_wins,
+            stateful=package is not None and package.manifest.sequence is not None,
             on_answer=self._finish,
             on_lost=self._on_lost,
             decoders=self._decoders,

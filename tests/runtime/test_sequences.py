@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_sdk.errors import Malformed, QueueFull, SequenceOutOfStep, SequenceUnknown
+from edge_sdk.backends.base import Threaded
+from edge_sdk.backends.registry import load_engine
+from edge_sdk.errors import InvalidTensor, Malformed, QueueFull, SequenceOutOfStep, SequenceUnknown
 from edge_sdk.runtime.batching import BatchPlanner, QueueLimits
 from edge_sdk.runtime.messages import Answer, Request
 from edge_sdk.runtime.sequences import Sequences, rounds
 from edge_sdk.runtime.served import ServedModel
+from edge_sdk.runtime.service import Service
 from edge_sdk.runtime.worker import Worker
 from edge_sdk.sequence import SequenceRules
+from edge_sdk.spec import Serving
 from edge_sdk.tasks.base import Decoded, Payload, SequencePart
 from edge_sdk.tasks.oip import encode_json_request, encode_request
 from edge_sdk.tensors import TensorSpec
@@ -170,6 +175,19 @@ def test_the_context_comes_again_before_what_is_new() -> None:
         seen.append(feeds["sample"][0].tolist())
 
     assert [[0, 0, 0, 1, 2], [1, 2, 3, 4, 5], [4, 5, 6, 7, 8]] == seen
+
+
+def test_what_does_not_fit_behind_the_context_is_refused() -> None:
+    """An axis that is free may have another size in another sequence, but not in the middle of one."""
+    rules = SequenceRules.model_validate({"context": {"input": "sample", "samples": 2}})
+    table = Sequences(rules, (TensorSpec("sample", "float32", ("batch", "time", "width")),))
+    first, other, more = (Decoded({"sample": np.ones((1, 4, width), np.float32)}, 1) for width in (3, 5, 3))
+    begun = part(start=True)
+    table.keep(begun, first, table.resume(begun, first, 0.0), {}, 0.0)
+    with pytest.raises(InvalidTensor, match="size of its first one"):
+        table.resume(part(), other, 0.0)
+
+    assert (1, 6, 3) == table.resume(part(), more, 0.0)["sample"].shape
 
 
 @given(
@@ -355,6 +373,52 @@ def test_who_comes_too_late_moves_nothing(hire: Hire) -> None:
 
     assert [408] == totals(worker.run_batch([part(10, deadline=0.5)]))
     assert [3] == totals(worker.run_batch([part(2)]))
+
+
+@pytest.mark.parametrize("stateful", [True, False], ids=["it was said", "only the worker knows"])
+def test_what_waited_while_the_model_was_loading_comes_first(tmp_path: Path, stateful: bool) -> None:
+    """And in its order, before what came later; nothing drops out of the middle where newer requests win elsewhere."""
+    answers: list[Answer] = []
+    served = ServedModel(
+        "sums", "1", limits=QueueLimits(), newest_wins=stateful, stateful=stateful, on_answer=answers.append,
+        clock=lambda: 0.0,
+    )  # fmt: skip
+    package = packages.make_package(tmp_path / "sums", packages.stateful(), sequence=RULES, max_batch=1)
+    for value in (1, 2, 4):
+        served.submit(part(value, start=value == 1))
+    served.put_in_service(Worker.load(package, clock=lambda: 0.0), quick=True)
+    for value in (8, 16):
+        served.submit(part(value))
+    while served.run_once():
+        pass
+
+    assert [1, 3, 7, 15, 31] == totals(answers)
+    served.retire()
+
+
+def test_a_service_knows_what_it_loads(tmp_path: Path) -> None:
+    """From the package, before the first worker: newer requests win, and not in a sequence."""
+    packages.make_package(tmp_path / "sums", packages.stateful(), sequence=RULES, max_batch=1)
+    answers: list[Answer] = []
+    service = Service(tmp_path, on_answer=answers.append, on_change=lambda: None, newest_wins=True)
+    service._adopt()  # without the loader, which would be there at any moment
+    for value in (1, 2):
+        service.submit(part(value, start=value == 1))
+
+    assert ([], 2) == (answers, service.waiting())
+
+
+def test_wrapped_engines_are_what_they_were(tmp_path: Path) -> None:
+    """Turns on the cores and the books of memory see through to the threads and to the process of a stateful model."""
+    serving = Serving(isolation="process")
+    package = packages.make_package(tmp_path / "sums", packages.stateful(), sequence=RULES, serving=serving)
+    with contextlib.closing(Worker.load(package)) as worker:
+        alone = contextlib.closing(load_engine(packages.make_package(tmp_path / "double", packages.scaling())).engine)
+        with alone as plain:
+            assert isinstance(plain, Threaded)
+            assert isinstance(worker.loaded.engine, Threaded)
+            assert plain.threads == worker.loaded.engine.threads
+        assert 10 << 20 < worker.elsewhere_bytes
 
 
 def test_another_engine_of_the_package_goes_on(tmp_path: Path) -> None:
