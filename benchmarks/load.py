@@ -16,11 +16,11 @@ import time
 import numpy as np
 
 from edge_sdk.mqtt.transports.base import Connected, ConnectOptions, Message, Properties, Received, Subscribed
-from edge_sdk.mqtt.transports.paho import PahoTransport
+from edge_sdk.mqtt.transports.choice import new_transport
 
 
 def main(port: int, topic: str, payload_bytes: int, concurrency: int, seconds: float) -> None:
-    transport = PahoTransport()
+    transport = new_transport()
     replies = f"edge/v1/reply/load-{os.getpid()}"
     options = ConnectOptions("127.0.0.1", port, f"load-{os.getpid()}", clean_start=True, receive_maximum=1000)
     transport.open(options, timeout_s=5)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -189,7 +189,7 @@ def in_process(package: EnginePackage) -> Iterator[Callable[[Payload], Future[Bo
             ticket = last
             pending[ticket] = future
         if stateful and payload.sequence is None:
-            payload = replace(payload, sequence=SequencePart(str(ticket), start=True, end=True))
+            payload = payload._replace(sequence=SequencePart(str(ticket), start=True, end=True))
         try:
             served.submit(Request(ticket, package.name, payload, now, now + _DEADLINE_S))
         except RequestError as exc:

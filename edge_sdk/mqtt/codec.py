@@ -8,7 +8,7 @@ session a route. Errors are always JSON in the Open Inference Protocol's form, w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from edge_sdk.errors import Malformed, RequestError, TooLarge, UnsupportedType
@@ -16,7 +16,7 @@ from edge_sdk.mqtt.session import ReplyRoute
 from edge_sdk.mqtt.topics import MAX_RESPONSE_TOPIC_BYTES, InferTopic, Topics
 from edge_sdk.mqtt.transports.base import Message, Properties, Received
 from edge_sdk.runtime.messages import DEFAULT_PRIORITY, Answer, Request
-from edge_sdk.tasks.base import JSON, Body, Payload, SequencePart
+from edge_sdk.tasks.base import BINARY, JPEG, JSON, NPY, PNG, TEXT, Body, Payload, SequencePart
 from edge_sdk.tasks.oip import dump_json, sequence_part
 
 HEADER_LENGTH = "inference-header-content-length"
@@ -131,9 +131,9 @@ class Codec:
             fix="Ask for fewer outputs, or raise the broker's packet limit.",
         )
         kept = tuple(pair for pair in answer.properties.user if pair[0] not in ("status", HEADER_LENGTH))
-        properties = replace(answer.properties, content_type=JSON, user=(("status", str(error.status)), *kept))
+        properties = answer.properties._replace(content_type=JSON, user=(("status", str(error.status)), *kept))
         route = ReplyRoute(answer.topic, answer.properties.correlation_data)
-        return replace(answer, payload=self._error_body(error, route).data, properties=properties)
+        return answer._replace(payload=self._error_body(error, route).data, properties=properties)
 
     def _error_body(self, error: RequestError, route: ReplyRoute) -> Body:
         body: dict[str, object] = {"error": str(error), "code": error.code, "status": error.status}
@@ -155,9 +155,15 @@ class Codec:
         return self.topics.result_id(route.topic)
 
 
+_MEDIA_TYPES = frozenset((JSON, BINARY, JPEG, PNG, NPY, TEXT))
+"""As most clients write them."""
+
+
 def _media_type(text: str | None) -> str | None:
     """A content type in lower case and without parameters; UnsupportedType for a charset that is not UTF-8."""
-    if text is None or not text.strip():
+    if text is None or text in _MEDIA_TYPES:
+        return text
+    if not text.strip():
         return None
     media_type, _, parameters = text.lower().partition(";")
     for parameter in parameters.split(";"):

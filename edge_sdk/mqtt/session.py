@@ -32,9 +32,10 @@ import hashlib
 import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Literal, Union
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Union
 
+from edge_sdk.mqtt.fingerprint import fingerprint
 from edge_sdk.mqtt.transports.base import (
     FAILURE,
     NO_MATCHING_SUBSCRIBERS,
@@ -61,8 +62,7 @@ _FORGOTTEN = Message("", b"")
 Fate = Literal["new", "joined", "replayed", "reused"]
 
 
-@dataclass(frozen=True)
-class ReplyRoute:
+class ReplyRoute(NamedTuple):
     """Where an answer goes and how it is recognised there."""
 
     topic: str
@@ -71,29 +71,25 @@ class ReplyRoute:
     """Whether topic and correlation data tell this request from any other; without that, nothing is deduplicated."""
 
 
-@dataclass(frozen=True)
-class Intake:
+class Intake(NamedTuple):
     """What becomes of a message: `new` is to be computed, `reused` to be refused, the others need nothing more."""
 
     ticket: int
     fate: Fate
 
 
-@dataclass(frozen=True)
-class Publish:
+class Publish(NamedTuple):
     """Publish `message`, then tell `published` the handle."""
 
     message: Message
     tag: int
 
 
-@dataclass(frozen=True)
-class Acknowledge:
+class Acknowledge(NamedTuple):
     received: Received
 
 
-@dataclass(frozen=True)
-class Recorded:
+class Recorded(NamedTuple):
     """An answer as it is written down: enough to give it again, and to know the request that asks for it again."""
 
     key: Key
@@ -152,8 +148,7 @@ class _LedgerEntry:
     counts: bool = True
 
 
-@dataclass(frozen=True)
-class _Remembered:
+class _Remembered(NamedTuple):
     fingerprint: bytes
     answer: Message
     until: float
@@ -164,8 +159,7 @@ class _Remembered:
         return len(self.answer.payload) + _COST_OF_OBJECTS
 
 
-@dataclass(frozen=True)
-class _Outgoing:
+class _Outgoing(NamedTuple):
     message: Message
     ticket: int | None
     """None: an announcement, which no request waits for."""
@@ -392,7 +386,7 @@ class Session:
         content_type = request.properties.content_type or ""
         if self._durable:
             return hashlib.sha256(content_type.encode() + b"\0" + request.payload).digest()
-        return hash((request.payload, content_type)).to_bytes(8, "little", signed=True)
+        return fingerprint(request.payload, content_type).to_bytes(8, "little", signed=True)
 
     def _done_with(self, outgoing: _Outgoing) -> None:
         if outgoing.ticket is not None:
@@ -410,7 +404,7 @@ class Session:
         if limit is None or outgoing.ticket is None or self._packet_size(outgoing.message) <= limit:
             return outgoing
         self.counts.oversized += 1
-        return replace(outgoing, message=self._too_large(outgoing.message, limit))
+        return outgoing._replace(message=self._too_large(outgoing.message, limit))
 
     def _remember(self, key: Key, remembered: _Remembered, now: float) -> None:
         if (former := self._remembered.pop(key, None)) is not None:
@@ -430,4 +424,4 @@ class Session:
 
 def _marked_duplicate(answer: Message) -> Message:
     properties = answer.properties
-    return replace(answer, properties=replace(properties, user=(*properties.user, ("duplicate", "1"))))
+    return answer._replace(properties=properties._replace(user=(*properties.user, ("duplicate", "1"))))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from edge_sdk.errors import SettingsError
 
@@ -29,8 +30,7 @@ _ROOT = re.compile(r"[A-Za-z0-9._-]{1,64}(/[A-Za-z0-9._-]{1,64})?")
 _NOT_DEVICES = ("group", "reply")
 
 
-@dataclass(frozen=True)
-class InferTopic:
+class InferTopic(NamedTuple):
     """What the topic of a request says. `client` and `number`: its id, in the form for MQTT 3.1.1."""
 
     model: str
@@ -190,10 +190,12 @@ class Topics:
         could make the device write where the client itself must not.
         """
         allowed = (f"{self.root}/reply/", *prefixes)
-        if topic.startswith("$") or not any(topic.startswith(p) and len(topic) > len(p) for p in allowed):
+        if not topic.startswith(allowed) or topic in allowed or topic.startswith("$"):
             return False
-        if topic.count("/") > MAX_SLASHES or any(character in topic for character in "+#\0"):
+        if topic.count("/") > MAX_SLASHES or "+" in topic or "#" in topic or "\0" in topic:
             return False
+        if topic.isascii():
+            return len(topic) <= MAX_RESPONSE_TOPIC_BYTES
         try:
             return len(topic.encode()) <= MAX_RESPONSE_TOPIC_BYTES
         except UnicodeEncodeError:

@@ -5,8 +5,7 @@ Times are seconds of a monotonic clock, so that a step of the wall clock ends no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Union
+from typing import NamedTuple, Union
 
 from edge_sdk.errors import RequestError
 from edge_sdk.tasks.base import Body, Payload
@@ -17,8 +16,7 @@ DEFAULT_PRIORITY = 4
 """As in JMS, whose ten levels other brokers have taken over."""
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """One inference to do. `ticket` is the caller's: it comes back with the answer and means nothing here."""
 
     ticket: int
@@ -41,8 +39,7 @@ class Request:
         return f"<Request {self.ticket} for {self.model}, {len(self.payload.data)} bytes>"
 
 
-@dataclass(frozen=True)
-class Timing:
+class Timing(NamedTuple):
     """Where the time of a request went, in milliseconds: it waited, was decoded, computed, and its answer phrased."""
 
     queue_ms: float
@@ -60,8 +57,7 @@ class Timing:
     """The tickets of the batch, where there are several."""
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """The one terminal answer to a request: a body, or what was wrong."""
 
     ticket: int

@@ -17,7 +17,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Union
 from zlib import crc32
@@ -120,7 +120,7 @@ class Pipeline(ServedModel):
         with self._changed:
             self.open -= 1
             self.open_bytes -= len(request.payload.data)
-        self._finish(replace(answer, model_version=self.version))
+        self._finish(answer._replace(model_version=self.version))
 
     def _problem(self, stage: Stage) -> str:
         """What keeps a stage from working; empty if nothing does."""
@@ -314,8 +314,8 @@ class Pipelines:
             self._asked[ticket] = run, asked, place
             # With a key of its own: if one of them ends the process, that one is known by it.
             key = run.request.key and (run.request.key ^ crc32(f"{stage.name}:{place}".encode()) or 1)
-            request = replace(run.request, ticket=ticket, model=stage.model or "", version=stage.version, key=key)
-            self._submit(replace(request, payload=payload, received=started, id=None))
+            request = run.request._replace(ticket=ticket, model=stage.model or "", version=stage.version, key=key)
+            self._submit(request._replace(payload=payload, received=started, id=None))
         self._on_due()
 
     def _nothing(self, stage: Stage, name: str) -> Array:

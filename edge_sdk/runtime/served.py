@@ -18,7 +18,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from edge_sdk.errors import DeadlineExceeded, DeviceLost, RequestError, Unavailable
@@ -215,7 +215,7 @@ class ServedModel:
             if self._thread is not None and not self.quick:
                 self._changed.notify()
         for answer in displaced:
-            self._finish(replace(answer, model_version=self.version))
+            self._finish(answer._replace(model_version=self.version))
 
     def _everything_waiting(self) -> list[Request]:
         """Taken out, to be answered otherwise."""

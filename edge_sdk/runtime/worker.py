@@ -197,9 +197,9 @@ class Worker:
                 )  # fmt: skip
             return InferenceFailed("The request could not be decoded; the device's log has the reason.")
         if (took_s := self._clock() - began) > _WORTH_TELLING_S:
-            decoded = replace(decoded, took_s=took_s)
+            decoded = decoded._replace(took_s=took_s)
         if self._sizes_vary and self.max_rows == 1:
-            return replace(decoded, rows=0)  # its first axis may be no batch at all, only of a size that varies too
+            return decoded._replace(rows=0)  # its first axis may be no batch at all, only of a size that varies too
         if decoded.rows > self.max_rows:
             return TooLarge(f"The request has a batch of {decoded.rows}; the model takes at most {self.max_rows}.")
         return decoded

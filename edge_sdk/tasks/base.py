@@ -7,7 +7,7 @@ RequestErrors only: what is wrong with a payload is the sender's to know.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from edge_sdk.tensors import Feeds, Outputs
 
@@ -30,8 +30,7 @@ class SequencePart:
     """Its number in the sequence; None where the client does not count."""
 
 
-@dataclass(frozen=True)
-class Payload:
+class Payload(NamedTuple):
     """The body of a request as it came."""
 
     data: bytes
@@ -45,8 +44,7 @@ class Payload:
     """None: of no sequence, unless the body itself says so."""
 
 
-@dataclass(frozen=True)
-class Decoded:
+class Decoded(NamedTuple):
     """A payload understood: the feeds for one inference, and what the answer has to look like.
 
     Arrays may be views of the payload's bytes (read-only). `rows` is how many places of a batch the request takes;
@@ -63,8 +61,7 @@ class Decoded:
     """How long it took to understand; 0 where that was next to nothing, or nobody looked."""
 
 
-@dataclass(frozen=True)
-class Body:
+class Body(NamedTuple):
     """The body of an answer."""
 
     data: bytes

@@ -13,8 +13,10 @@ from __future__ import annotations
 import itertools
 import json
 import struct
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import numpy as np
@@ -120,6 +122,13 @@ def encode_response(
 
     Raises InferenceFailed where a value cannot be written: JSON has no NaN and no infinity.
     """
+    if binary is True and id is None and not extra:  # as programs ask, whose headers are all the same
+        raws = [to_bytes(array) for array in outputs.values()]
+        tensors = [
+            (name, dtype_name(array), array.shape, len(raw)) for (name, array), raw in zip(outputs.items(), raws)
+        ]
+        header = _header(model_name, model_version, tuple(tensors))
+        return Body(b"".join((header, *raws)), BINARY, len(header))
     head: dict[str, Any] = {"model_name": model_name, "model_version": model_version}
     if id is not None:
         head["id"] = id
@@ -170,7 +179,11 @@ def parse_json(data: bytes | memoryview) -> Any:
 
 
 def dump_json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return _ENCODER.encode(value).encode()
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+"""`json.dumps` would make one each time."""
 
 
 def to_bytes(array: Array) -> bytes:
@@ -178,7 +191,12 @@ def to_bytes(array: Array) -> bytes:
     if dtype_name(array) == "string":
         elements = [_as_bytes(element) for element in array.ravel()]
         return b"".join(struct.pack("<I", len(element)) + element for element in elements)
-    return np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+    if array.dtype.byteorder == ">" or _BIG_ENDIAN:
+        array = array.astype(array.dtype.newbyteorder("<"))
+    return array.tobytes()
+
+
+_BIG_ENDIAN = sys.byteorder == "big"
 
 
 def to_list(name: str, array: Array) -> list[Any]:
@@ -420,6 +438,21 @@ def _head(name: str, array: Array, parameters: dict[str, Any] | None = None) -> 
     if parameters:
         head["parameters"] = parameters
     return head
+
+
+@lru_cache(maxsize=64)
+def _header(model_name: str, model_version: str, tensors: tuple[tuple[str, str, tuple[int, ...], int], ...]) -> bytes:
+    """The JSON before outputs that are all binary; name, dtype, shape and size of each."""
+    outputs = [
+        {
+            "name": name,
+            "datatype": OIP_FROM_DTYPE[dtype],
+            "shape": shape,
+            "parameters": {"binary_data_size": size},
+        }
+        for name, dtype, shape, size in tensors
+    ]
+    return dump_json({"model_name": model_name, "model_version": model_version, "outputs": outputs})
 
 
 def _binary_body(head: dict[str, Any], chunks: list[bytes]) -> Body:

@@ -5,8 +5,6 @@ What a detector is asked with, whose boxes somebody else reads from its tensors.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from edge_sdk.tasks.base import Body, Decoded
 from edge_sdk.tasks.image_classification import ImageClassification, ImageReply
 from edge_sdk.tasks.oip import OipRequest
@@ -20,5 +18,5 @@ class PictureTensors(ImageClassification):
     def encode(self, outputs: Outputs, decoded: Decoded) -> Body:
         reply = decoded.reply
         if isinstance(reply, ImageReply):
-            decoded = replace(decoded, reply=TensorReply(reply.accept, OipRequest({})))
+            decoded = decoded._replace(reply=TensorReply(reply.accept, OipRequest({})))
         return super().encode(outputs, decoded)

@@ -29,6 +29,10 @@ class TensorReply:
     request: OipRequest
 
 
+_NOTHING_SAID = OipRequest({})
+"""Raw bytes ask for nothing in particular."""
+
+
 class TensorTask:
     """Arrays in, arrays out, for a model with these inputs and outputs."""
 
@@ -63,8 +67,9 @@ class TensorTask:
             request = decode_request(payload.data)
         elif content_type == BINARY and payload.header_length:
             request = decode_request(payload.data, payload.header_length)
-        elif content_type == BINARY:
-            request = OipRequest(self._raw_feeds(payload.data))
+        elif content_type == BINARY:  # of the right length, it is of the right shape and dtype
+            rows = 1 if self.batchable else 0
+            return Decoded(self._raw_feeds(payload.data), rows, TensorReply(payload.accept, _NOTHING_SAID))
         elif content_type == NPY:
             request = OipRequest(self._npy_feeds(payload.data))
         else:
@@ -81,8 +86,13 @@ class TensorTask:
         if reply.accept == NPY and len(outputs) == 1 and self.outputs[0].dtype != "string":
             return Body(encode_npy(next(iter(outputs.values()))), NPY)
         request = reply.request
-        choices = request.outputs or tuple(OutputChoice(spec.name) for spec in self.outputs)
         default = request.binary_output or reply.accept == BINARY
+        if not request.outputs:
+            everything = {spec.name: outputs[spec.name] for spec in self.outputs}
+            return encode_response(
+                everything, model_name=self.name, model_version=self.version, id=request.id, binary=default
+            )
+        choices = request.outputs
         chosen = {
             choice.name: self._classified(outputs[choice.name], choice.classification)
             if choice.classification

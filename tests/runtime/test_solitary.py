@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,7 +43,7 @@ class Served:
         self.service.start()
 
     def submit(self, value: float, *, model: str = "odd", key: int = 0) -> Request:
-        sent = replace(request(value, model=model, deadline=time.monotonic() + 60), key=key)
+        sent = request(value, model=model, deadline=time.monotonic() + 60)._replace(key=key)
         self.service.submit(sent)
         return sent
 

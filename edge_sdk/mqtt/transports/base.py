@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, Union
+from typing import Literal, NamedTuple, Protocol, Union
 
 MqttVersion = Literal[4, 5]
 """4 is MQTT 3.1.1, as in the CONNECT packet."""
@@ -47,8 +47,7 @@ QUOTA_EXCEEDED = 0x97
 """The reason codes that somebody of ours acts on, by their names in MQTT 5 (2.4)."""
 
 
-@dataclass(frozen=True)
-class Properties:
+class Properties(NamedTuple):
     """The MQTT 5 properties of a PUBLISH that the wire contract uses. All empty on 3.1.1."""
 
     response_topic: str | None = None
@@ -59,14 +58,16 @@ class Properties:
 
     def user_value(self, key: str) -> str | None:
         """The first user property called `key`."""
-        return next((value for name, value in self.user if name == key), None)
+        for name, value in self.user:
+            if name == key:
+                return value
+        return None
 
 
 NO_PROPERTIES = Properties()
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """One PUBLISH, in either direction."""
 
     topic: str
@@ -149,8 +150,7 @@ class Refused:
     reason: str
 
 
-@dataclass(frozen=True)
-class Received:
+class Received(NamedTuple):
     """A message came. `packet_id` is None for QoS 0; otherwise hand the event to `acknowledge` when it is done."""
 
     message: Message
@@ -163,8 +163,7 @@ class Received:
     payload is empty."""
 
 
-@dataclass(frozen=True)
-class Acknowledged:
+class Acknowledged(NamedTuple):
     """The broker took a message of ours. `code` 0 is success, 0x10 nobody listens, 0x80 and up a failure."""
 
     handle: int

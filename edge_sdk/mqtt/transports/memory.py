@@ -12,7 +12,6 @@ a `clock` to make expiry and will delays happen when the test says.
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 from collections import deque
@@ -203,7 +202,7 @@ class MemoryBroker:
                 self.retained[message.topic] = message
             else:
                 self.retained.pop(message.topic, None)
-        passed_on = dataclasses.replace(message, retain=False)
+        passed_on = message._replace(retain=False)
         receivers = 0
         shared: dict[tuple[str, str], list[tuple[_Session, Literal[0, 1]]]] = {}
         for session in list(self._sessions.values()):
@@ -231,7 +230,7 @@ class MemoryBroker:
             return
         expiry_s = message.properties.message_expiry_s
         expires_at = None if expiry_s is None else self._clock() + expiry_s
-        session.waiting.append(_Queued(dataclasses.replace(message, qos=qos), expires_at))
+        session.waiting.append(_Queued(message._replace(qos=qos), expires_at))
         self._send_waiting(session)
 
     def _send_waiting(self, session: _Session) -> None:
@@ -251,7 +250,7 @@ class MemoryBroker:
             if options.maximum_packet_size is not None and size > options.maximum_packet_size:
                 if options.version == 5:
                     continue
-                message, skipped = dataclasses.replace(message, payload=b""), size
+                message, skipped = message._replace(payload=b""), size
             duplicate = queued.sent_before
             if message.qos:
                 if queued.packet_id is None:
@@ -269,8 +268,8 @@ class MemoryBroker:
             left_s = queued.expires_at - self._clock()
             if left_s <= 0:
                 return None
-            properties = dataclasses.replace(message.properties, message_expiry_s=max(1, round(left_s)))
-            message = dataclasses.replace(message, properties=properties)
+            properties = message.properties._replace(message_expiry_s=max(1, round(left_s)))
+            message = message._replace(properties=properties)
         if options.version == 4:
             message = Message(message.topic, message.payload, message.qos, message.retain)
         return message
