@@ -27,7 +27,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from edge_sdk import __version__
@@ -122,7 +121,7 @@ class RequestSpans:
         carrier: dict[str, str] = {}
         self._propagator.inject(carrier, set_span_in_context(span))
         properties = message.properties
-        return replace(message, properties=replace(properties, user=(*properties.user, *carrier.items())))
+        return message._replace(properties=properties._replace(user=(*properties.user, *carrier.items())))
 
     def close(self) -> None:
         """Send what has not been sent, as far as that is possible quickly."""
