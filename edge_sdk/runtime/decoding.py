@@ -131,6 +131,19 @@ class Stage:
             return now
         return self._planner.wake_at(now) if self._has_room else None
 
+    def expire(self, now: float) -> list[Request]:
+        """Take out those that passed their deadline, while nothing can be computed."""
+        late: list[Request] = []
+        for batch in self._batches:
+            late += [request for request in batch.requests if request.deadline <= now]
+            batch.requests = [request for request in batch.requests if request.deadline > now]
+        while late and (empty := next((batch for batch in self._batches if not batch.requests), None)) is not None:
+            empty.cancelled = True
+            self._batches.remove(empty)
+            self._planner.held_bytes -= empty.bytes
+        self.waiting -= len(late)
+        return late
+
     def clear(self) -> list[Request]:
         """Take everything out, for a model that goes away."""
         requests = [request for batch in self._batches for request in batch.requests]

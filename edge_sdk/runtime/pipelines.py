@@ -16,7 +16,7 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Union
@@ -25,6 +25,7 @@ from zlib import crc32
 import numpy as np
 
 from edge_sdk.errors import (
+    DeadlineExceeded,
     EdgeSdkError,
     InferenceFailed,
     PackageError,
@@ -35,7 +36,7 @@ from edge_sdk.errors import (
 )
 from edge_sdk.runtime.batching import QueueLimits
 from edge_sdk.runtime.messages import Answer, Request, Timing
-from edge_sdk.runtime.served import ServedModel
+from edge_sdk.runtime.served import UNLOADED, ServedModel
 from edge_sdk.stages import REQUEST, PipelinePackage, Stage, pipeline_folders
 from edge_sdk.tasks.base import BINARY, JPEG, PNG, Body, Payload
 from edge_sdk.tasks.oip import decode_response, encode_request, encode_response
@@ -94,6 +95,8 @@ class Pipeline(ServedModel):
 
     def refresh(self) -> None:
         """Look at the stages' models again: all of them have to be there, and to take and give what is wired."""
+        if self._retired:
+            return
         problems = [problem for stage in self.pipeline.spec.stage if (problem := self._problem(stage))]
         loading = any(problem.endswith(" is loading") for problem in problems)
         self.reason = "; ".join(problems)
@@ -101,7 +104,9 @@ class Pipeline(ServedModel):
 
     def submit(self, request: Request) -> None:
         self.refresh()
-        if self._retired or not self.answers:
+        if self._retired:
+            raise self._unavailable()
+        if not self.answers:
             raise Unavailable(
                 f"The pipeline {self.model!r} lacks a stage: {self.reason}.",
                 retry_after_ms=1000 if self.state == "LOADING" else None,
@@ -206,8 +211,9 @@ class Pipelines:
     def served(self) -> Mapping[Key, Pipeline]:
         return self._served
 
-    def follow(self, folder: Path) -> None:
-        """Serve the pipelines that lie in the folder now; those that did not change go on."""
+    def follow(self, folder: Path, unloaded: Set[Key] = frozenset()) -> None:
+        """Serve the pipelines that lie in the folder now; those that did not change go on. Of those that are
+        `unloaded`, there is a place that says so."""
         found: dict[Key, Pipeline] = {}
         for path in pipeline_folders(folder):
             try:
@@ -217,7 +223,13 @@ class Pipelines:
                 continue
             key = package.spec.name, package.spec.version
             known = self._served.get(key)
-            found[key] = known if known is not None and known.digest == package.digest else self._new(package)
+            away = key in unloaded
+            if known is None or known.digest != package.digest or known.is_retired != away:
+                known = self._new(package)
+                if away:
+                    known.fail(UNLOADED)
+                    known.retire()
+            found[key] = known
         gone = [pipeline for key, pipeline in self._served.items() if found.get(key) is not pipeline]
         self._served = found
         if found and self._thread is None:
@@ -294,6 +306,8 @@ class Pipelines:
 
     def _begin(self, run: _Run, stage: Stage) -> None:
         started = self._clock()
+        if run.request.deadline <= started:
+            raise DeadlineExceeded("The deadline passed before its turn came.")
         if stage.op is not None:
             for name, value in _operated(stage, run.values).items():
                 run.values[f"{stage.name}.{name}"] = value

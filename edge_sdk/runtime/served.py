@@ -39,6 +39,8 @@ _ALONE_S, _ALONE_BATCHES = 5.0, 10.0
 
 State = Literal["LOADING", "READY", "BUILDING", "UNAVAILABLE"]
 
+UNLOADED = "It was unloaded; the command `load` brings it back."
+
 _NOTHING: Mapping[int, Result] = {}
 
 
@@ -179,6 +181,12 @@ class ServedModel:
         return self._retired
 
     @property
+    def calls(self) -> bool:
+        """Whether requests wait for a worker that is out of memory."""
+        with self._changed:
+            return self.is_absent and self._has_any_waiting
+
+    @property
     def answers(self) -> bool:
         """Whether it answers requests: it is READY, or BUILDING."""
         return self.state in ("READY", "BUILDING")
@@ -257,7 +265,7 @@ class ServedModel:
     def give_up_hopeless(self, expected_s: float) -> bool:
         """Answer 503 to those that cannot wait so long for the worker; whether any is left that can."""
         with self._changed:
-            hopeless = self._planner.expire(self._clock() + expected_s).expired if self._worker is None else ()
+            hopeless = self._expired(self._clock() + expected_s) if self._worker is None else ()
             left = self._has_any_waiting
         for request in hopeless:
             self._finish(Answer(request.ticket, self._out_of_memory(expected_s), self.version))
@@ -415,10 +423,15 @@ class ServedModel:
     def _take(self, worker: Worker | None, now: float) -> tuple[Plan, Mapping[int, Result]]:
         """What to compute and to turn away now, and what of it is decoded already, by ticket."""
         if worker is None:
-            return self._planner.expire(now), _NOTHING
+            return Plan((), self._expired(now)), _NOTHING
         if self._stage is None:
             return self._planner.take(now), _NOTHING
         return self._stage.take(worker, now)
+
+    def _expired(self, now: float) -> tuple[Request, ...]:
+        """Those that passed their deadline, taken out."""
+        decoding = self._stage.expire(now) if self._stage is not None else ()
+        return (*decoding, *self._planner.expire(now).expired)
 
     def _due_at(self, now: float) -> float | None:
         """When `_take` has something to do for the worker; None: not before something changes."""

@@ -60,7 +60,7 @@ from edge_sdk.runtime.pipelines import Elsewhere, Pipeline, Pipelines, is_intern
 from edge_sdk.runtime.recorder import FlightRecorder
 from edge_sdk.runtime.residence import NoRoomNow, Residence
 from edge_sdk.runtime.self_test import SelfTests
-from edge_sdk.runtime.served import ServedModel, ignore_loss
+from edge_sdk.runtime.served import UNLOADED, ServedModel, ignore_loss
 from edge_sdk.runtime.statistics import Statistics
 from edge_sdk.runtime.succession import Successions
 from edge_sdk.runtime.turns import Turns
@@ -396,6 +396,8 @@ class Service:
             model = self._called[key]
             self._attempt(model, partial(self._return, model))
             self._called.pop(key, None)
+            if key not in self._crowded and model.calls:  # came as this one was given up, and was taken for its reason
+                self._call(model)
 
     def _return(self, model: ServedModel) -> None:
         """Bring one back. NoRoomNow if somebody still waits for it; who cannot wait any longer is told so."""
@@ -464,7 +466,7 @@ class Service:
         served = {key: model.digest for key, model in stay.items() if model.is_at_its_best}
         gone = [model for key, model in self._models.items() if key not in stay]
         self._models = {key: stay.get(key) or self._new_model(key, entry.package) for key, entry in wanted.items()}
-        self._pipelines.follow(self._engines)
+        self._pipelines.follow(self._engines, self._unloaded)
         served_all: dict[Key, ServedModel] = {**self._pipelines.served, **self._models}
         self._by_name = {
             name: [served_all[name, version] for version in newest_first(v for n, v in served_all if n == name)]
@@ -500,7 +502,7 @@ class Service:
             gate=None if self._solitary is None else self._solitary.gate,
         )
         if key in self._unloaded:  # a place that says so
-            model.fail("It was unloaded; the command `load` brings it back.")
+            model.fail(UNLOADED)
             model.retire()
         return model
 

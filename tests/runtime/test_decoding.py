@@ -234,3 +234,24 @@ def test_estimates_tell_big_from_small(place: Place) -> None:
     costs: Callable[[Payload], float] = lambda sent: worker.decode_s(request(sent))  # noqa: E731
 
     assert costs(small(9)) < WORTH_S < costs(big(9))
+
+
+def test_what_waits_in_vain_for_the_model_is_turned_away(place: Place) -> None:
+    """A model may leave memory while pictures are decoded for it: those whose deadline passes meanwhile are answered
+    then, and not when it comes back."""
+    place.model.put_in_service(place.hire(), quick=True)
+    place.hold()
+    for deadline in (2.0, 4.0, 9.0):
+        place.model.submit(request(big(255), deadline=deadline))
+    place.model.run_once()
+    place.model.sleep(even_if_wanted=True)
+    place.now = 3.0
+    ran = place.model.run_once()
+
+    assert (True, [408], 2) == (ran, statuses(place.answers), place.model.waiting)
+    assert place.model.give_up_hopeless(3.0)
+    assert [408, 503] == statuses(place.answers)
+    place.release()
+    place.model.put_in_service(place.hire(), quick=True)
+    assert [408, 503, 200] == statuses(place.finish(3))
+    assert (0, 0) == (place.model.waiting, place.model.waiting_bytes)

@@ -145,6 +145,25 @@ def test_who_cannot_wait_is_told_when_to_come_back(open_site: Callable[..., Site
     site.until(lambda: resident(site) == ["double"])
 
 
+def test_who_calls_as_the_call_before_is_given_up_is_heard(open_site: Callable[..., Site], tmp_path: Path) -> None:
+    """It was taken for part of a call that nobody waited for any more."""
+    for factor in (2, 3):
+        heavy(tmp_path / "engines" / f"times-{factor}", float(factor))
+    site = open_site()
+    (away,) = (model.model for model in site.service.models() if model.worker is None)
+    late = request(1.0, model=away)
+
+    def give_up(model: ServedModel) -> None:
+        del site.service._return
+        site.service.submit(late)
+
+    site.service._return = give_up  # type: ignore[method-assign]
+    site.submit(request(1.0, model=away))
+    site.until(lambda: late.ticket in {answer.ticket for answer in site.answers})
+
+    assert {200} == {answer.status for answer in site.answers}
+
+
 class Place:
     """One model with a worker of its own, which nobody brings back unless the test does."""
 
