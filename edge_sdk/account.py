@@ -62,7 +62,7 @@ class Account:
         self._membership = membership
         self._journal = journal
         self._certificate = certificate
-        self._announced: dict[str, bytes] = {}
+        self._announced: Mapping[str, bytes | None] = {}
         self._sensors: Sensors | None = None
         self._machine: Mapping[str, Any] = {}
         self._started = time.monotonic()
@@ -75,8 +75,8 @@ class Account:
         }
         for name, versions in self._service.by_name().items():
             current[self._topics.model(name)] = dump_json(presence.metadata(versions))
-        gone = [topic for topic in self._announced if topic not in current]
-        for topic, payload in [*current.items(), *((topic, b"") for topic in gone)]:
+        current = {**dict.fromkeys(self._announced, b""), **current}  # of those that are gone nothing is retained
+        for topic, payload in current.items():
             if self._announced.get(topic) != payload:
                 is_json = topic != self._topics.availability
                 properties = Properties(content_type=JSON if is_json else None)
@@ -85,8 +85,8 @@ class Account:
         self._announced = current
 
     def forget(self) -> None:
-        """On a new connection everything is announced anew."""
-        self._announced.clear()
+        """On a new connection everything is announced anew, also that a model is gone."""
+        self._announced = dict.fromkeys(self._announced)
 
     def info(self) -> dict[str, Any]:
         """What a client has to know before it asks; JSON-ready, as the next two."""

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_sdk.errors import ModelNotFound, Unavailable
+from edge_sdk.errors import ModelNotFound, NoAnswer, Unavailable
 from edge_sdk.mqtt.client import Answer, Client
 from edge_sdk.package import EnginePackage
 from tests.brokers import Broker, eventually
 from tests.daemon.processes import DaemonProcess, running_daemon
+from tests.faults.proxy import Proxy
 from tests.packages import make_package
 from tests.packages import scaling as scaling_model
 
@@ -121,6 +122,38 @@ def test_reload_takes_new_changed_and_removed_packages_without_losing_a_request(
     assert before == 2.0
     assert other == 7.0
     assert {factor(future.result()) for future in asked} <= {2.0, 5.0}
+
+
+def test_what_went_while_the_broker_was_away_is_not_retained_for_ever(
+    engines: Path, broker: Broker, tmp_path: Path
+) -> None:
+    """A package that is taken away while there is no connection is not announced any more on the next one."""
+    make_package(engines / "other", scaling_model(7.0), name="other")
+    with Proxy(broker.port) as proxy, Client(broker.url, device="parted", timeout_s=20) as client:
+        daemon = DaemonProcess(engines, f"mqtt://127.0.0.1:{proxy.port}", tmp_path / "log", device="parted")
+        try:
+            daemon.start(ready=["scale", "other"])
+            proxy.refuse(True)
+            proxy.reset()
+            eventually(lambda: "trying again" in daemon.said(), "it lost its broker")
+            shutil.rmtree(engines / "other")
+            daemon.hang_up()
+            eventually(lambda: "other 1 is gone from the folder" in daemon.said(), "it lost its package")
+            proxy.refuse(False)
+
+            def is_gone() -> bool:
+                try:
+                    client.metadata("other")
+                except NoAnswer:
+                    return True
+                return False
+
+            eventually(is_gone, "nothing is retained of it")
+            left = client.metadata("scale")
+        finally:
+            daemon.kill()
+
+    assert "READY" == left["state"]
 
 
 def test_reload_with_broken_settings_keeps_the_former(
