@@ -312,7 +312,9 @@ class Session:
             self._remember(one.key, _Remembered(one.fingerprint, one.answer, one.until), now)
             if not one.taken:
                 self.counts.resent += 1
-                self._outbox.append(_Outgoing(_marked_duplicate(one.answer), self._new_job(None, b"")))
+                ticket = self._new_job(None, b"")  # nothing is computed under its key, which is for the record
+                self._jobs[ticket].key = one.key
+                self._outbox.append(_Outgoing(_marked_duplicate(one.answer), ticket))
 
     # What to do
 

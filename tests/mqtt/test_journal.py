@@ -108,6 +108,22 @@ def test_the_next_daemon_knows_what_was_answered(taken: bool, journal: Journal) 
     assert "reused" == ask(successor, b"another question", packet_id=3)[1]
 
 
+def test_what_the_next_daemon_got_rid_of_is_sent_no_third_time(journal: Journal) -> None:
+    """An answer that a former daemon left, and the broker took from this one, is noted as taken."""
+    journal.write(Record((recorded(until=60.0),), ()), 0.0, 1000.0)
+    successor = session()
+    successor.restore(journal.load(0.0, 1000.0), 0.0)
+    for action in successor.due():
+        if isinstance(action, Publish):
+            successor.published(action, 1)
+    successor.acknowledged(Acknowledged(1, 0))
+    for action in successor.due():
+        if isinstance(action, Record):
+            journal.write(action, 0.0, 1000.0)
+
+    assert [True] == [one.taken for one in journal.load(0.0, 1000.0)]
+
+
 def test_what_is_past_its_time_is_forgotten(journal: Journal) -> None:
     journal.write(Record((recorded(until=60.0), recorded(until=130.0, key=b"8")), ()), 0.0, 1000.0)
 
