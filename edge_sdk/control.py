@@ -65,6 +65,8 @@ class Control:
         wake: Callable[[], None],
     ) -> None:
         """`tickets` are the session's, of which self-tests take theirs; `wake` may be called from any thread."""
+        self.heard = 0
+        """Commands that came, again or for the first time."""
         self._topics = topics
         self._session = session
         self._service = service
@@ -81,6 +83,7 @@ class Control:
         name = self._topics.parse_command(event.message.topic)
         if name is None or event.message.retain:
             return False
+        self.heard += 1
         command = commands.read(event, name)
         intake = self._session.received(event, commands.route(command, self._topics), now)
         if intake.fate in ("joined", "replayed"):

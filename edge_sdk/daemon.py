@@ -325,7 +325,8 @@ class Daemon:
         if not self._link.is_connected or self._account.draining:
             return
         former = self._echo_told
-        if (ping := self._echo.due(now, self._session.counts.received)) is not None:
+        commands = self._control.heard if self._control is not None else 0  # they come by another subscription
+        if (ping := self._echo.due(now, self._session.counts.received - commands)) is not None:
             self._session.announce(ping)
             self._link.perform()
         if (trouble := self._echo.trouble) != former:
@@ -335,6 +336,11 @@ class Daemon:
             else:
                 log.info("What this device sends to itself comes back again.")
             self._notifier.status(self._account.status())
+
+    def _forget_echo(self) -> None:
+        """Nothing comes back while we do not listen."""
+        self._echo.closed()
+        self._echo_told = ""
 
     def _check_rate(self, rates: ClientRates, client: str, now: float) -> None:
         """Raises QueueFull for a client that asks more often than it may."""
@@ -406,6 +412,10 @@ class Daemon:
         if draining != self._account.draining:
             self._account.draining, self._changed = draining, True
             self._link.listen(self._subscriptions(self._link.version))
+            if draining:
+                self._forget_echo()
+            else:
+                self._echo.connected(self._link.version, time.monotonic())
             if self._membership is not None and draining:
                 self._membership.leave()
             elif self._membership is not None:
@@ -476,8 +486,7 @@ class Daemon:
 
     def _on_trouble(self) -> None:
         if not self._link.is_connected:
-            self._echo.closed()
-            self._echo_told = ""
+            self._forget_echo()
         self._notifier.status(self._account.status())
 
     def _on_refused(self, topic: str, code: int) -> None:

@@ -51,7 +51,7 @@ class Echo:
         self._patience_s = min(PATIENCE_S, self_test_s / 2)
         self._version: MqttVersion = 5
         self._next_at = math.inf
-        self._since = 0.0  # the first of the attempts that nothing came back from
+        self._since = math.inf  # the first of the attempts that nothing came back from
         self._received = 0
         self._requests: State = "untested"
         self._answers: State = "untested"
@@ -67,7 +67,7 @@ class Echo:
         self._version = version
         self._requests = self._answers = "untested"
         self.trouble = ""
-        self._begin(now)
+        self._begin()
         self._next_at = now if self._self_test_s else math.inf
 
     def closed(self) -> None:
@@ -80,7 +80,7 @@ class Echo:
         if now < self._next_at:
             return None
         if self._all_is_back:
-            self._begin(now)
+            self._begin()
         if received != self._received:  # somebody's request came: so may everybody's
             self._received = received
             self._note_ping()
@@ -89,6 +89,7 @@ class Echo:
                 return None
         if now - self._since >= self._patience_s:
             self._fail()
+        self._since = min(self._since, now)
         self._next_at = now + (self._self_test_s if self.trouble else self._patience_s / _ATTEMPTS)
         return Message(self.ping, b"", properties=Properties(message_expiry_s=max(1, round(self._patience_s))))
 
@@ -117,10 +118,10 @@ class Echo:
     def _all_is_back(self) -> bool:
         return self._ping_is_back and (self._version == 5 or self._pong_is_back)
 
-    def _begin(self, now: float) -> None:
+    def _begin(self) -> None:
         """A round of attempts."""
         self._ping_is_back = self._pong_is_back = False
-        self._since = now
+        self._since = math.inf
 
     def _note_ping(self) -> None:
         self._ping_is_back, self._requests = True, "ok"

@@ -20,6 +20,7 @@ from edge_sdk.mqtt.transports.base import Message, Properties
 from tests.brokers import Broker, eventually
 from tests.daemon.processes import DaemonProcess, running_daemon
 from tests.daemon.test_requests import Wire
+from tests.faults.proxy import Proxy
 from tests.packages import make_package, misbehaving, scaling, stateful
 from tests.runtime.test_sequences import RULES
 
@@ -158,6 +159,29 @@ def test_a_drained_device_finishes_and_takes_no_more(client: Client, broker: Bro
     assert "draining" not in client.command("info")
     assert 3.0 == factor(client)
     assert 3.0 == factor(client, group="hall")
+
+
+def test_a_resumed_device_gives_its_self_test_time(commanded: DaemonProcess, broker: Broker, tmp_path: Path) -> None:
+    """It was connected anew while it was drained, and sent itself nothing: that is no reason to miss anything."""
+    with (
+        Proxy(broker.port) as proxy,
+        running_daemon(
+            commanded.engines, f"mqtt://127.0.0.1:{proxy.port}", tmp_path, ready=["other"], device="resumed",
+            commands__enabled="true", serving__self_test_s="0.2", stats_interval_s="0.1",
+        ) as daemon,
+        Client(broker.url, device="resumed", timeout_s=30) as client,
+    ):  # fmt: skip
+        client.command("drain")
+        proxy.reset()
+        eventually(lambda: daemon.said().count("Connected to") == 2, "connected again")
+        connected = client.stats()["uptime_s"]
+        eventually(lambda: client.stats()["uptime_s"] > connected + 0.2, "longer than a self-test waits")
+        client.command("resume")
+        eventually(lambda: client.stats()["self_test"]["requests"] == "ok", "it heard itself")
+        said = daemon.said()
+
+    assert "requests do not arrive" not in said
+    assert "comes back again" not in said
 
 
 def test_what_comes_to_a_drained_device_is_told_so(wire: Wire, client: Client) -> None:

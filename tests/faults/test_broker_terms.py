@@ -149,12 +149,13 @@ def test_case_11_12_the_broker_denies_without_a_word(
     tmp_path: Path, open_daemon: OpenDaemon, denied: str, protocol: str, what: str
 ) -> None:
     """It grants the subscription and delivers nothing, or takes answers and drops them. The self-test notices: log,
-    status, figures, /readyz and doctor say so; and when the rights are given, it is over."""
+    status, figures, /readyz and doctor say so; and when the rights are given, it is over. That commands arrive says
+    nothing of requests."""
     known = passwords(tmp_path / "known", robot="secret")
     rights = tmp_path / "rights"
     # mosquitto asks at each message: `infer` is denied to the reader, `result` to the writer
     right = "write" if denied.startswith("infer") else "read"
-    of_robot = ["availability", "info", "stats", "models/+", "models/+/result/#", "models/+/infer/#"]
+    of_robot = ["availability", "info", "stats", "cmd/#", "models/+", "models/+/result/#", "models/+/infer/#"]
     rules = [f"topic {'readwrite' if not t.endswith(denied) else right} edge/v1/{DEVICE}/{t}" for t in of_robot]
     everybody = "topic readwrite #\n\nuser robot\n"
     rights.write_text(everybody + "\n".join(rules) + "\n")
@@ -171,9 +172,17 @@ def test_case_11_12_the_broker_denies_without_a_word(
             health=f"127.0.0.1:{port}",
             stats_interval_s="0.2",
             serving__self_test_s="2",
+            commands__enabled="true",
             **{f"broker__{key}": str(value) for key, value in told.items()},
         )
-        eventually(lambda: what in daemon.said(), "the log says so")
+        wire = Wire(broker.url)
+
+        def is_told() -> bool:
+            wire.send(Message(f"edge/v1/{DEVICE}/cmd/ping", b""))
+            return what in daemon.said()
+
+        eventually(is_told, "the log says so")
+        wire.transport.close()
         eventually(lambda: what in ear.status, "the status says so")
         eventually(lambda: "failed" in stats_from(broker)["self_test"].values(), "the figures say so")
         eventually(lambda: status_of(port, "readyz") == 503, "not ready")

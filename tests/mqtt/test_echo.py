@@ -101,6 +101,16 @@ def test_requests_of_others_prove_as_much() -> None:
     assert [] == broker.published
 
 
+@pytest.mark.parametrize("self_test_s", [30.0, 0.2])
+def test_nothing_is_missed_before_it_was_sent(self_test_s: float) -> None:
+    """Whoever looks late, or seldom, is no reason for an alarm."""
+    broker = Broker(self_test_s=self_test_s).until(100, begin=60)
+
+    assert 60.0 == broker.published[0][0]
+    assert "" == broker.echo.trouble
+    assert {"requests": "ok"} == broker.echo.states
+
+
 def test_where_the_device_may_not_ask_itself_nothing_is_claimed() -> None:
     """MQTT 5 says that the request was refused: not even that it was tried."""
     broker = Broker(swallows="/infer/").until(3)
