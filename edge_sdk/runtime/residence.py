@@ -107,6 +107,7 @@ class Residence:
             "measured_bytes": account.measured_bytes,
             "evictions": account.evictions,
             "reloads": max(0, account.loads - 1),
+            "queue_bytes": model.waiting_bytes,
         }
 
     def _clear(self, victims: Callable[[], Sequence[Tenant] | None], model: ServedModel) -> None:

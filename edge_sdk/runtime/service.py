@@ -278,7 +278,7 @@ class Service:
                 "waiting": model.waiting,
                 **({} if model.sequences is None else {"sequences": model.sequences}),
                 "state": model.state,
-                "memory": {**self._residence.figures(model), "queue_bytes": model.waiting_bytes},
+                **({} if isinstance(model, Pipeline) else {"memory": self._residence.figures(model)}),
             }
             for model in self.models()
         }

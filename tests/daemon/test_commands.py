@@ -17,6 +17,7 @@ from edge_sdk.errors import CommandFailed, NoAnswer, Unavailable
 from edge_sdk.mqtt import commands
 from edge_sdk.mqtt.client import Client
 from edge_sdk.mqtt.transports.base import Message, Properties
+from edge_sdk.stages import build_pipeline
 from tests.brokers import Broker, eventually
 from tests.daemon.processes import DaemonProcess, running_daemon
 from tests.daemon.test_requests import Wire
@@ -26,17 +27,24 @@ from tests.runtime.test_sequences import RULES
 
 COMMANDED = "commanded"
 ROW = np.ones((1, 4), np.float32)
+FAR = """
+name = "far"
+stage = [{name = "eye", model = "eye", device = "nobody", picture = "request"}]
+outputs = {seen = "eye.scores"}
+"""
 
 
 @pytest.fixture(scope="module")
 def commanded(broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
-    """A device that obeys: `double` in two versions, of which the newer triples, `other`, `slow`, and `sums`, which has
-    a state."""
+    """A device that obeys: `double` in two versions, of which the newer triples, `other`, `slow`, `sums`, which has a
+    state, and `far`, a pipeline whose only model lives elsewhere."""
     home = tmp_path_factory.mktemp("commanded")
     make_package(home / "engines" / "old", scaling(2.0), name="double", version="1")
     make_package(home / "engines" / "new", scaling(3.0), name="double", version="2")
     make_package(home / "engines" / "other", scaling(5.0), name="other")
     make_package(home / "engines" / "sums", stateful(), name="sums", sequence=RULES)
+    (home / "far.toml").write_text(FAR)
+    build_pipeline(home / "far.toml", home / "engines" / "far")
     slow = misbehaving([{"do": "sleep", "seconds": 0.5}])
     make_package(home / "engines" / "slow", slow, name="slow", backend="reference", max_batch=1)
     with running_daemon(
@@ -77,10 +85,10 @@ def test_a_device_is_alive_and_tells_of_itself(client: Client) -> None:
 
 
 def test_a_self_test_asks_every_model(client: Client) -> None:
-    """One real inference each, of every version, with the time that it took."""
+    """One real inference each, of every version, with the time that it took; of a pipeline, whether it is whole."""
     found = client.command("selftest")["models"]
 
-    assert {"double/1", "double/2", "other/1", "slow/1", "sums/1"} == set(found)
+    assert {"double/1", "double/2", "other/1", "slow/1", "sums/1", "far/1"} == set(found)
     assert all(result["ok"] for result in found.values())
     assert found["slow/1"]["infer_ms"] >= 500
 

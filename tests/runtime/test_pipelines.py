@@ -84,6 +84,8 @@ def test_a_pipeline_is_unloaded_and_loaded(open_site: Callable[..., Site]) -> No
     loaded = site.service.load("sees").result()
     asked.append(site.ask(request(photo(), model="sees"))[0].status)
 
+    figures = site.service.snapshot()["models"]
+    assert ["sees/1"] == [name for name in figures if "memory" not in figures[name]], "it holds none that could be away"
     assert ({"sees/1": "UNAVAILABLE"}, {"sees/1": "READY"}) == (unloaded, loaded)
     assert ("UNAVAILABLE", "READY") == (states["sees/1"], states["bright/1"])
     assert "unloaded" in reasons["sees"]
