@@ -163,6 +163,15 @@ class Books:
             wanted = max(wanted, min(account.estimate.loading_bytes, self.budget_bytes))
         return self._victims(key, wanted, tenants, now)
 
+    def fits_beside(self, key: Key, tenants: Iterable[Tenant]) -> bool:
+        """Whether `key` can be loaded beside what it holds already, once everybody has gone who may."""
+        account = self._accounts[key]
+        if self.budget_bytes is None or not account.held_bytes:
+            return True
+        pinned = [self._accounts.get(tenant.key) for tenant in tenants if tenant.pinned and tenant.key != key]
+        staying = sum(other.held_bytes for other in pinned if other is not None)
+        return staying + account.held_bytes + account.booked_bytes <= self.budget_bytes
+
     def arrive(self, key: Key) -> None:
         """`key` is being loaded, beside what it may hold already; `settle` or `abandon` follows."""
         account = self._accounts[key]

@@ -50,6 +50,8 @@ class Residence:
         books, key = self.books, model.key
         books.declare(key, Estimate.of(package))
         books.check(key)
+        if not books.fits_beside(key, self._tenants()):  # the former one goes first, and requests wait for the new one
+            self._send_away(model, even_if_wanted=True, evicted=False)
         self._clear(lambda: books.make_room(key, self._tenants(), self._clock()), model)
         preload(package)
         host.trim()
@@ -115,21 +117,20 @@ class Residence:
         self._note_who_left()
         while found := victims():
             for tenant in found:
-                self._send_away(tenant)
+                for other in [one for one in self._models() if one.key == tenant.key]:
+                    self._send_away(other, even_if_wanted=tenant.wanted, evicted=True)
             if self._leaving:
                 break
         if found is None or self._leaving:
             raise NoRoomNow(f"There is no room for {model.model} {model.version} while others are in use.")
 
-    def _send_away(self, tenant: Tenant) -> None:
+    def _send_away(self, model: ServedModel, *, even_if_wanted: bool, evicted: bool) -> None:
         """A model that has been asked meanwhile, and was idle, stays."""
-        for model in self._models():
-            if model.key == tenant.key:
-                match model.sleep(even_if_wanted=tenant.wanted):
-                    case "gone":
-                        self.books.leave(model.key, evicted=True)
-                    case "leaving":
-                        self._leaving.append(model)
+        match model.sleep(even_if_wanted=even_if_wanted):
+            case "gone":
+                self.books.leave(model.key, evicted=evicted)
+            case "leaving":
+                self._leaving.append(model)
 
     def _note_who_left(self) -> None:
         """Those that were being computed when they were sent away, and are done by now."""

@@ -529,7 +529,8 @@ class Service:
             bring()
         except NoRoomNow as exc:
             log.debug("%s", exc)
-            self._crowded[model.key] = lambda: self._attempt(model, bring)
+            # A package that is to be loaded is not forgotten for one that is only to be brought back.
+            self._crowded.setdefault(model.key, lambda: self._attempt(model, bring))
         except DeviceLost as exc:
             self._on_lost(exc)
         except EdgeSdkError as exc:

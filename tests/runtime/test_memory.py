@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -244,3 +245,18 @@ def test_memory_of_this_process_can_be_read() -> None:
 
     assert 0 < host.private_bytes() < host.resident_bytes()
     host.trim()
+
+
+def test_what_replaces_itself_may_not_fit_twice() -> None:
+    """Beside what it holds, if everybody left who may: one that is pinned does not."""
+    books = Books(100 * MB)
+    for number, size in ((1, 40), (2, 30)):
+        books.declare(key(number), Estimate(size * MB))
+        books.arrive(key(number))
+        books.settle(key(number), size * MB, 0.1)
+    other = Tenant(key(2), 0.0, 0.0)
+
+    assert books.fits_beside(key(1), [other])
+    assert not books.fits_beside(key(1), [replace(other, pinned=True)])
+    books.leave(key(1))
+    assert books.fits_beside(key(1), [replace(other, pinned=True)]), "it holds nothing"

@@ -145,6 +145,19 @@ def test_who_cannot_wait_is_told_when_to_come_back(open_site: Callable[..., Site
     site.until(lambda: resident(site) == ["double"])
 
 
+def test_a_large_model_is_replaced(open_site: Callable[..., Site], tmp_path: Path) -> None:
+    """Two of it do not fit: the former one goes, and requests wait for the new one. Nothing fails."""
+    heavy(tmp_path / "engines" / "large", 2.0)
+    site = open_site()
+    before = site.factor(model="large")
+    heavy(tmp_path / "engines" / "large", 3.0)
+    site.service.reload()
+    site.until(lambda: site.factor(model="large") == 3.0)
+
+    assert (2.0, {200}) == (before, {answer.status for answer in site.answers})
+    assert 0 < site.service.memory()["models_bytes"] <= BUDGET_BYTES
+
+
 def test_who_calls_as_the_call_before_is_given_up_is_heard(open_site: Callable[..., Site], tmp_path: Path) -> None:
     """It was taken for part of a call that nobody waited for any more."""
     for factor in (2, 3):
