@@ -245,8 +245,11 @@ class Service:
 
     def wake_at(self) -> float | None:
         """When `run_quick` will next have something to do; None: not before something is submitted."""
-        moments = (model.wake_at() for model in self._models.values() if model.quick)
-        return min((moment for moment in moments if moment is not None), default=None)
+        due: float | None = None
+        for model in self._models.values():  # asked at each turn of the daemon: most of them have nothing
+            if model.quick and model.waiting and (moment := model.wake_at()) is not None:
+                due = moment if due is None else min(due, moment)
+        return due
 
     def models(self) -> list[ServedModel]:
         """Every model and version, by name, the newest version first."""

@@ -265,7 +265,10 @@ class StreamTransport:
                     if self._outbox and not self._blocked:
                         self._flush()
                     wait_s = 0.0 if self._more or self._events else max(0.0, self._next_moment(give_up_at) - now)
-                    readable, woken = self._wait(wait_s)
+                    if wait_s or self._blocked or self._woken:
+                        readable, woken = self._wait(wait_s)
+                    else:
+                        readable = True  # or not: to read and find nothing costs less than to ask
                     if readable or self._more:
                         self._read()
                 except (OSError, MalformedPacket) as err:
