@@ -215,12 +215,15 @@ class Pipelines:
         """Serve the pipelines that lie in the folder now; those that did not change go on. Of those that are
         `unloaded`, there is a place that says so."""
         found: dict[Key, Pipeline] = {}
+        former = {pipeline.pipeline.path: pipeline.pipeline for pipeline in self._served.values()}
         for path in pipeline_folders(folder):
             try:
                 package = PipelinePackage.open(path)
             except PackageError as exc:
                 log.error("%s", exc)
-                continue
+                if path not in former:
+                    continue
+                package = former[path]  # it goes on as it was
             key = package.spec.name, package.spec.version
             known = self._served.get(key)
             away = key in unloaded

@@ -12,7 +12,7 @@ import pytest
 Image = pytest.importorskip("PIL.Image", reason="pictures need the extra `vision`", exc_type=ImportError)
 
 from edge_sdk.spec import Preprocess  # noqa: E402
-from edge_sdk.stages import build_pipeline  # noqa: E402
+from edge_sdk.stages import PIPELINE, build_pipeline  # noqa: E402
 from edge_sdk.tasks.base import JPEG, Payload  # noqa: E402
 from tests.packages import brightness, make_package, order  # noqa: E402
 from tests.runtime.requests import request  # noqa: E402
@@ -90,6 +90,16 @@ def test_a_pipeline_is_unloaded_and_loaded(open_site: Callable[..., Site]) -> No
     assert ("UNAVAILABLE", "READY") == (states["sees/1"], states["bright/1"])
     assert "unloaded" in reasons["sees"]
     assert [200, 503, 200] == asked
+
+
+def test_a_file_that_broke_harms_nobody(open_site: Callable[..., Site]) -> None:
+    """What was served from it goes on, as a model's package does."""
+    site = open_site(SEES + ANSWERS)
+    (site.engines / "sees" / PIPELINE).write_text("{")
+    site.reload()
+
+    assert "READY" == site.states().get("sees/1")
+    assert [200] == [answer.status for answer in site.ask(request(photo(), model="sees"))]
 
 
 def test_nothing_is_cut_out_for_who_waits_no_longer(open_site: Callable[..., Site]) -> None:
