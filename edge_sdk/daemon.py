@@ -604,7 +604,7 @@ class Daemon:
         self._service.stop(limit_s=2.0)
         self._recorder.close()
         if self._elsewhere is not None:
-            self._elsewhere.close()
+            self._elsewhere.close(limit_s=1.0)
         hard_stop.cancel()
         if self._journal is not None:
             self._journal.close()

@@ -6,6 +6,7 @@ thread, and its outcome comes back through a callback, which must only take note
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from edge_sdk.stages import Stage
 from edge_sdk.tasks.base import BINARY, Payload
 from edge_sdk.tasks.oip import decode_request
 from edge_sdk.tensors import Outputs
+
+log = logging.getLogger(__name__)
 
 Outcome = Union[Outputs, RequestError]
 Done = Callable[[Outcome], None]
@@ -42,11 +45,11 @@ class Elsewhere:
                 self._thread = threading.Thread(target=self._work, name="edge-sdk-elsewhere", daemon=True)
                 self._thread.start()
 
-    def close(self) -> None:
-        """Disconnect; what was not answered ends with Unavailable."""
+    def close(self, limit_s: float) -> None:
+        """Disconnect, and wait for that at most `limit_s`; what was not answered ends with Unavailable."""
         if self._thread is not None:
             self._jobs.put(None)
-            self._thread.join(5.0)
+            self._thread.join(limit_s)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -66,7 +69,9 @@ class Elsewhere:
                 stage.model or "", data, version=stage.version, device=stage.device, group=stage.group,
                 timeout_s=timeout_s, accept=BINARY,
             )  # fmt: skip
-        except EdgeSdkError as exc:
+        except Exception as exc:
+            if not isinstance(exc, EdgeSdkError):
+                log.exception("A defect of edge-sdk: %s could not be asked.", where)
             done(_as_request_error(exc, where))
             return
 
