@@ -28,6 +28,7 @@ ANSWER_S = 30.0
 _SHARE = 100
 _FAILURES = 2
 """So many in a row are no accident."""
+_WELL = 200  # status
 _AGAIN = 4
 """A model that failed is asked again in this part of the usual time."""
 
@@ -39,6 +40,8 @@ class _Course:
     asked: float = -math.inf
     has_passed: bool = False
     failures: int = 0
+    answered: int = 0
+    """Requests of others that it had answered well when it failed."""
 
 
 class SelfTests:
@@ -72,6 +75,9 @@ class SelfTests:
     def choose(self, models: Collection[ServedModel], now: float) -> ServedModel | None:
         """Whom to ask now."""
         self._judge(now)
+        for each, course in self._courses.items():
+            if course.failures and each.statistics.answers[_WELL] > course.answered:
+                course.failures = 0  # whoever is asked all the time is not left alone, and has shown as much
         if now < self._next_at or self._asked is not None:
             return None
         self._courses = {model: self._courses.get(model) or _Course() for model in models}
@@ -116,6 +122,7 @@ class SelfTests:
         self._asked = None
         if answer is None or isinstance(answer.result, (InferenceFailed, DeadlineExceeded)):
             course.failures += 1
+            course.answered = model.statistics.answers[_WELL]
         elif not isinstance(answer.result, (Unavailable, QueueFull, OutOfMemory)):
             course.has_passed, course.failures = True, 0
 

@@ -88,6 +88,22 @@ def test_a_model_that_stops_answering_is_noticed(start: Start, inline_ms: float)
     assert [0, 0] == [model["batches"] for model in figures["models"].values()]
 
 
+def test_who_answers_everybody_else_is_not_ill(start: Start) -> None:
+    """A model that is asked all the time is never left alone, so no test can find that it recovered: its answers do."""
+    idle = start(1000.0, every_s=1.0)
+
+    def ask() -> None:
+        idle.service.submit(request(1.0, model="odd", deadline=time.monotonic() + 60))
+
+    idle.until(lambda: idle.service.self_test == "ok", "passed")
+    idle.until(lambda: bool(idle.service.ailing), "noticed", meanwhile=idle.spoil)
+    idle.mark.touch()
+    ask()
+    idle.until(lambda: not idle.service.ailing, "answers", meanwhile=ask)
+
+    assert {200} == {answer.status for answer in idle.answers}
+
+
 def test_each_model_has_its_turn(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     idle = start()
     asked: set[str] = set()
