@@ -395,8 +395,8 @@ def test_a_profile_without_fp32(tmp_path: Path, jetson: DeviceProfile) -> None:
     assert "FP16 was outside" in caught.value.problem
 
 
-def test_lengths_are_not_batches(tmp_path: Path, jetson: DeviceProfile) -> None:
-    """A model with a free length is served one request at a time; its ranges are in the manifest for the compiler."""
+def test_lengths_have_ranges(tmp_path: Path, jetson: DeviceProfile) -> None:
+    """A model with a free length takes batches of equal lengths; its ranges are in the manifest for the compiler."""
     (tmp_path / "net.onnx").write_bytes(encoder().SerializeToString())
     np.savez(tmp_path / "data.npz", tokens=sentences(24, 20))
     (tmp_path / "engine.toml").write_text(
@@ -405,7 +405,7 @@ def test_lengths_are_not_batches(tmp_path: Path, jetson: DeviceProfile) -> None:
     manifest = build_engine(tmp_path, profile=jetson).manifest
 
     assert "int8" == manifest.precision
-    assert 1 == manifest.batching.max_batch
+    assert 8 == manifest.batching.max_batch
     assert 128 == manifest.axes["L"].max
 
 
