@@ -59,8 +59,11 @@ def test_durable_answers_outlive_the_daemon(wire: Wire, broker: Broker, engines:
     asked: dict[str, Any] = {"correlation_data": b"outliving", "user": user, "content_type": "application/octet-stream"}
     topic = "edge/v1/durable/models/double/infer"
     settings = {"delivery": "durable", "state": str(tmp_path / "state"), "device": "durable"}
+    settings |= {"stats_interval_s": "0.1", "serving__self_test_s": "0"}
     with running_daemon(engines, broker.url, tmp_path, ready=["double"], **settings) as daemon:
         first = wire.ask(data, topic=topic, **asked)
+        with Client(broker.url, device="durable") as client:  # otherwise the next daemon would send it by itself, too
+            eventually(lambda: client.stats()["mqtt"]["acknowledged"] == 1, "it is acknowledged")
         daemon.kill()
         daemon.start(ready=["double"])
         again = wire.ask(data, topic=topic, **asked)

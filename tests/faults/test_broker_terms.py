@@ -122,7 +122,8 @@ def test_case_11_the_answers_topic_is_denied(tmp_path: Path, open_daemon: OpenDa
             broker__password_file=str(secret),
             stats_interval_s="0.2",
         )
-        eventually(lambda: "scale 1" in daemon.said(), "ready")
+        with Client(broker.url, device=DEVICE) as client:
+            daemon.wait_for_state(client, "scale", "READY")  # it says so after it has subscribed
         wire = Wire(broker.url)
         wire.subscribe(f"{MODELS}/scale/result")
         denied = Properties(response_topic=wire.replies, correlation_data=b"1")
