@@ -40,6 +40,7 @@ from wsproto.events import (  # noqa: E402
     Request,
     TextMessage,
 )
+from wsproto.utilities import ProtocolError  # noqa: E402
 
 from edge_sdk.mqtt.transports.websocket import WebSocketPipe  # noqa: E402
 
@@ -181,12 +182,17 @@ class Gateway:
                 threading.Thread(target=self._carry, args=(sock,), daemon=True).start()
 
     def _carry(self, sock: socket.socket) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ProtocolError):  # whoever leaves in the middle is not the gateway's concern
             if self.context is not None:
                 sock = self.context.wrap_socket(sock, server_side=True)
             server = WSConnection(ConnectionType.SERVER)
-            server.receive_data(sock.recv(4096))
-            request = next(event for event in server.events() if isinstance(event, Request))
+            requests: list[Request] = []
+            while not requests:
+                if not (data := sock.recv(4096)):
+                    return
+                server.receive_data(data)
+                requests = [event for event in server.events() if isinstance(event, Request)]
+            request = requests[0]
             assert ("/mqtt", ["mqtt"]) == (request.target, request.subprotocols)
             sock.sendall(server.send(AcceptConnection(subprotocol="mqtt")))
             with socket.create_connection(("127.0.0.1", self.broker_port)) as broker, sock:
