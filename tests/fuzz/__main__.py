@@ -7,7 +7,7 @@
 
 What it learns is kept in `--corpus` (`.fuzz/`, not under git), where the next run takes it up. What breaks a promise
 is left there too, as `<target>-crash-...`, `-timeout-` or `-oom-`: mend it with a test that failed first, and put the
-file into `tests/fuzz/kept/<target>/`. The exit code is 1 if there was any.
+file into `tests/fuzz/kept/<target>/`. The exit code is 0 if there was none.
 """
 
 from __future__ import annotations
