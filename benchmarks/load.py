@@ -15,14 +15,22 @@ import time
 
 import numpy as np
 
-from edge_sdk.mqtt.transports.base import Connected, ConnectOptions, Message, Properties, Received, Subscribed
+from edge_sdk.mqtt.transports.base import (
+    Connected,
+    ConnectOptions,
+    Message,
+    Properties,
+    Received,
+    Subscribed,
+    Transport,
+)
 from edge_sdk.mqtt.transports.choice import new_transport
 
 
-def main(port: int, topic: str, payload_bytes: int, concurrency: int, seconds: float) -> None:
+def connected(port: int, name: str, replies: str, *, receive_maximum: int) -> Transport:
+    """A connection to the broker on `port` that hears what comes on `replies`."""
     transport = new_transport()
-    replies = f"edge/v1/reply/load-{os.getpid()}"
-    options = ConnectOptions("127.0.0.1", port, f"load-{os.getpid()}", clean_start=True, receive_maximum=1000)
+    options = ConnectOptions("127.0.0.1", port, name, clean_start=True, receive_maximum=receive_maximum)
     transport.open(options, timeout_s=5)
     subscribed = False
     while not subscribed:
@@ -30,7 +38,13 @@ def main(port: int, topic: str, payload_bytes: int, concurrency: int, seconds: f
             if isinstance(event, Connected):
                 transport.subscribe([replies])
             subscribed = subscribed or isinstance(event, Subscribed)
+    return transport
 
+
+def main(port: int, topic: str, payload_bytes: int, concurrency: int, seconds: float) -> None:
+    name = f"load-{os.getpid()}"
+    replies = f"edge/v1/reply/{name}"
+    transport = connected(port, name, replies, receive_maximum=1000)
     payload = np.random.default_rng(0).random(payload_bytes // 4, dtype=np.float32).tobytes()
     user = (("accept", "application/octet-stream"),)
     started: dict[bytes, float] = {}

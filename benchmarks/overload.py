@@ -30,12 +30,12 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.load import connected
 from benchmarks.serving import DEVICE, HERE, daemon
 from edge_sdk import console
 from edge_sdk.compile.pipeline import build_engine
 from edge_sdk.mqtt.broker import start_broker
-from edge_sdk.mqtt.transports.base import Connected, ConnectOptions, Message, Properties, Received, Subscribed
-from edge_sdk.mqtt.transports.paho import PahoTransport
+from edge_sdk.mqtt.transports.base import Message, Properties, Received
 
 TOPIC = f"edge/v1/{DEVICE}/models/photos/infer"
 PATIENCE_S = 2
@@ -73,17 +73,9 @@ class Generator:
     """Requests on a schedule, over one connection."""
 
     def __init__(self, port: int, name: str) -> None:
-        self._transport = PahoTransport()
         self._replies = f"edge/v1/reply/{name}"
-        options = ConnectOptions("127.0.0.1", port, name, clean_start=True, receive_maximum=65_535)
-        self._transport.open(options, timeout_s=5)
+        self._transport = connected(port, name, self._replies, receive_maximum=65_535)
         self._numbers = itertools.count(1)
-        subscribed = False
-        while not subscribed:
-            for event in self._transport.poll(1.0):
-                if isinstance(event, Connected):
-                    self._transport.subscribe([self._replies])
-                subscribed = subscribed or isinstance(event, Subscribed)
 
     def run(self, rate: float, seconds: float, sendings: Iterator[Sending]) -> Outcome:
         """Send `rate` good and bad requests a second for `seconds`, then wait until none can be answered any more."""

@@ -26,11 +26,9 @@ from edge_sdk.mqtt.commands import Command, CommandName, Outcome
 from edge_sdk.mqtt.session import Session
 from edge_sdk.mqtt.topics import Topics
 from edge_sdk.mqtt.transports.base import Received
-from edge_sdk.runtime.messages import Answer, Request
+from edge_sdk.runtime.messages import Answer
+from edge_sdk.runtime.self_test import question_of_zeros
 from edge_sdk.runtime.service import Service
-from edge_sdk.tasks.base import Payload, SequencePart
-from edge_sdk.tasks.oip import encode_request
-from edge_sdk.tensors import zeros
 
 log = logging.getLogger(__name__)
 
@@ -157,21 +155,9 @@ class Control:
                 wrong = {} if model.answers else {"error": model.reason or f"It is {model.state}."}
                 test.found[name] = {"ok": model.answers, **wrong}
                 continue
-            body = encode_request(zeros(package.manifest.asked))
-            alone = SequencePart("selftest", start=True, end=True) if package.manifest.sequence is not None else None
             own = next(self._tickets)
             test.open[own] = name
-            self._service.submit(
-                Request(
-                    ticket=own,
-                    model=model.model,
-                    version=model.version,
-                    payload=Payload(body.data, body.content_type, body.header_length, sequence=alone),
-                    received=now,
-                    deadline=test.until,
-                    client="selftest",
-                )
-            )
+            self._service.submit(question_of_zeros(model, package, own, now, test.until))
 
     def _await(self, ticket: int, command: Command, states: Future[dict[str, str]]) -> None:
         states.add_done_callback(partial(self._loaded, ticket, command))

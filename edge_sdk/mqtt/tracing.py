@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FIELDS = ("traceparent", "tracestate")
-ENVIRONMENT = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-"""OpenTelemetry's own settings: where either is set, the daemon traces without one of ours."""
 
 _REMEMBERED = 1024
 """Finished spans that others of their batch may still want to name: as many as the largest batch has."""

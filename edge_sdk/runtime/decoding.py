@@ -18,6 +18,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Union
 
 from edge_sdk.errors import RequestError
@@ -173,7 +174,7 @@ class Stage:
         self._planner.held_bytes += batch.bytes
         if batch.handed_over:
             for request in batch.requests:
-                self._decoders.put(lambda request=request: self._decode(batch, request))  # type: ignore[misc]
+                self._decoders.put(partial(self._decode, batch, request))
 
     def _decode(self, batch: _Batch, request: Request) -> None:
         """On a decoder's thread. What nobody waits for any more is left as it is."""

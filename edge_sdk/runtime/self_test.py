@@ -17,6 +17,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from edge_sdk.errors import DeadlineExceeded, InferenceFailed, OutOfMemory, QueueFull, Unavailable
+from edge_sdk.package import EnginePackage
 from edge_sdk.runtime.messages import SELF_TEST, Answer, Request
 from edge_sdk.runtime.served import ServedModel
 from edge_sdk.tasks.base import BINARY, Payload, SequencePart
@@ -95,17 +96,7 @@ class SelfTests:
         package = model.package
         assert package is not None  # it is in memory
         self._asked, self._courses[model].asked = model, now
-        body = encode_request(zeros(package.manifest.asked))
-        alone = SequencePart("selftest", start=True, end=True) if package.manifest.sequence is not None else None
-        return Request(
-            ticket=SELF_TEST,
-            model=model.model,
-            version=model.version,
-            payload=Payload(body.data, body.content_type, body.header_length, BINARY, alone),
-            received=now,
-            deadline=now + ANSWER_S,
-            client="selftest",
-        )
+        return question_of_zeros(model, package, SELF_TEST, now, now + ANSWER_S, accept=BINARY)
 
     def note(self, answer: Answer) -> None:
         """The answer to the request, on whichever thread."""
@@ -133,6 +124,29 @@ class SelfTests:
         course = self._courses[model]
         pause_s = self._every_s / (_AGAIN if course.failures else 1)
         return now - max(course.asked, model.last_used) >= pause_s
+
+
+def question_of_zeros(
+    model: ServedModel,
+    package: EnginePackage,
+    ticket: int,
+    now: float,
+    deadline: float,
+    *,
+    accept: str | None = None,
+) -> Request:
+    """What a client could ask `model`, which serves `package`; of one that keeps states, a sequence of its own."""
+    body = encode_request(zeros(package.manifest.asked))
+    alone = SequencePart("selftest", start=True, end=True) if package.manifest.sequence is not None else None
+    return Request(
+        ticket=ticket,
+        model=model.model,
+        version=model.version,
+        payload=Payload(body.data, body.content_type, body.header_length, accept, alone),
+        received=now,
+        deadline=deadline,
+        client="selftest",
+    )
 
 
 def _can_be_asked(model: ServedModel) -> bool:

@@ -10,6 +10,7 @@ from edge_sdk.mqtt.transports.base import ConnectOptions, Message, Properties, R
 from edge_sdk.mqtt.transports.packets import MAX_REMAINING_LENGTH, Inbox, MalformedPacket
 from edge_sdk.mqtt.transports.paho import PahoCodec
 from edge_sdk.mqtt.transports.stream import Packet, PacketCodec
+from tests.transports.pieces import in_pieces
 from tests.transports.test_packets import MESSAGES
 
 pytest.importorskip("mqtt5", reason="the codec mqtt5 is not installed")
@@ -26,12 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 def read_in_pieces(codec: PacketCodec, data: bytes, pieces: int, largest: int = MAX_REMAINING_LENGTH) -> list[Packet]:
     """What `codec` reads of `data` when it comes `pieces` bytes at a time."""
     inbox, found = Inbox(largest), []
-    while data:
-        room = inbox.room()
-        count = min(len(room), pieces, len(data))
-        room[:count] = data[:count]
-        data = data[count:]
-        inbox.filled(count)
+    for _ in in_pieces(inbox, data, pieces):
         while (packet := codec.read(inbox)) is not None:
             found.append(packet)
     return found

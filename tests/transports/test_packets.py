@@ -21,6 +21,7 @@ from edge_sdk.mqtt.transports.packets import (
     encode_publish,
     publish_size,
 )
+from tests.transports.pieces import in_pieces
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40)
 TOPIC = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0+#"), min_size=1, max_size=40)
@@ -40,12 +41,7 @@ MESSAGES = st.builds(
 def packets_of(data: bytes, pieces: int, largest: int = MAX_REMAINING_LENGTH) -> list[tuple[int, bytes]]:
     """What an inbox makes of `data` when it comes `pieces` bytes at a time."""
     inbox, found = Inbox(largest), []
-    while data:
-        room = inbox.room()
-        count = min(len(room), pieces, len(data))
-        room[:count] = data[:count]
-        data = data[count:]
-        inbox.filled(count)
+    for _ in in_pieces(inbox, data, pieces):
         while (packet := inbox.next_packet()) is not None:
             found.append((packet[0], bytes(packet[1])))
     return found
