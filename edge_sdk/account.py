@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from edge_sdk import host
 from edge_sdk.mqtt import presence
 from edge_sdk.mqtt.echo import Echo
 from edge_sdk.mqtt.link import Link
 from edge_sdk.mqtt.topics import Topics
 from edge_sdk.mqtt.transports.base import Message, Properties
 from edge_sdk.profiles import DeviceProfile
-from edge_sdk.runtime import host
 from edge_sdk.runtime.service import Service
 from edge_sdk.seldom import Seldom
 from edge_sdk.settings import Settings

@@ -11,12 +11,12 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from edge_sdk import host
 from edge_sdk.backends.registry import usable_profile
 from edge_sdk.errors import ProfileError
 from edge_sdk.mqtt.access import BrokerAccess
 from edge_sdk.mqtt.session import Session
 from edge_sdk.profiles import DeviceProfile, Machine, load_profile
-from edge_sdk.runtime import host
 from edge_sdk.runtime.memory import budget_for
 from edge_sdk.settings import Settings
 

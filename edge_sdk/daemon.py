@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from edge_sdk import host
 from edge_sdk.account import Account
 from edge_sdk.assembly import (
     client_rates,
@@ -66,7 +67,6 @@ from edge_sdk.mqtt.transports.base import (
 )
 from edge_sdk.notify import Notifier, watchdog_interval_s
 from edge_sdk.profiles import Machine
-from edge_sdk.runtime import host
 from edge_sdk.runtime.batching import QueueLimits
 from edge_sdk.runtime.messages import Answer
 from edge_sdk.runtime.recorder import FlightRecorder

@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_sdk import host
 from edge_sdk.backends.base import Engine
 from edge_sdk.errors import DeviceLost, EdgeSdkError, EngineFailed
 from edge_sdk.package import EnginePackage
@@ -333,13 +334,7 @@ class _Child:
 
     def memory_bytes(self) -> tuple[int, int]:
         """What is resident, and how much of that is its own alone; zeros where it is gone."""
-        try:
-            statm = Path(f"/proc/{self.process.pid}/statm").read_text(encoding="ascii")
-            _, resident, shared, *_ = map(int, statm.split())
-        except (OSError, ValueError):
-            return 0, 0
-        page = os.sysconf("SC_PAGE_SIZE")
-        return resident * page, (resident - shared) * page
+        return host.memory_of(self.process.pid)
 
     def let_go(self) -> None:
         """Let it end by itself, which it does as soon as it finds the pipe closed."""

@@ -37,7 +37,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from edge_sdk.runtime import host
+from edge_sdk import host
 from edge_sdk.runtime.messages import SELF_TEST, Request
 from edge_sdk.runtime.quarantine import MAX_RECORDS, Quarantine, Record
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from edge_sdk import host
 from edge_sdk.backends.registry import prefers_compiled, preload
 from edge_sdk.errors import EdgeSdkError
 from edge_sdk.package import EnginePackage
-from edge_sdk.runtime import host
 from edge_sdk.runtime.memory import Account, Books, Estimate, Tenant
 from edge_sdk.runtime.served import ServedModel
 from edge_sdk.runtime.worker import Worker

@@ -36,6 +36,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_sdk import host
 from edge_sdk.backends.registry import check_store, discard, prefers_compiled
 from edge_sdk.errors import (
     DeviceLost,
@@ -50,7 +51,6 @@ from edge_sdk.errors import (
 )
 from edge_sdk.package import EnginePackage
 from edge_sdk.profiles import DeviceProfile, Machine
-from edge_sdk.runtime import host
 from edge_sdk.runtime.batching import QueueLimits
 from edge_sdk.runtime.catalog import Entry, Key, newest_first, scan, to_load
 from edge_sdk.runtime.decoding import Decoders

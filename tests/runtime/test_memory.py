@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_sdk import host
 from edge_sdk.errors import OutOfMemory
 from edge_sdk.profiles import load_profile
-from edge_sdk.runtime import host
 from edge_sdk.runtime.memory import MIN_TURN_S, Books, Estimate, Tenant, budget_for
 
 MB = 1_000_000
@@ -260,3 +260,22 @@ def test_what_replaces_itself_may_not_fit_twice() -> None:
     assert not books.fits_beside(key(1), [replace(other, pinned=True)])
     books.leave(key(1))
     assert books.fits_beside(key(1), [replace(other, pinned=True)]), "it holds nothing"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"sys/fs/cgroup/a.service/memory.events": "oom 3\noom_kill 2\n", "proc/vmstat": "oom_kill 9\n"}, 2),
+        ({"sys/fs/cgroup/unified/a.service/memory.events": "oom_kill 1\n"}, 1),
+        ({"proc/vmstat": "pgpgin 5\noom_kill 9\nnr_free 1\n"}, 9),
+        ({}, 0),
+    ],
+    ids=["own group", "both versions", "machine", "nothing"],
+)
+def test_what_the_kernel_killed_for_memory(tmp_path: Path, files: dict[str, str], expected: int) -> None:
+    """Of our own control group, where it counts; else of the whole machine."""
+    for name, text in {"proc/self/cgroup": "0::/a.service\n", **files}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    assert expected == host.memory_kills(tmp_path)

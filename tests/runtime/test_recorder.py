@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_sdk.runtime import host
+from edge_sdk import host
 from edge_sdk.runtime.messages import Request
 from edge_sdk.runtime.recorder import CELLS, FlightRecorder
 from edge_sdk.tasks.base import Payload

@@ -1,4 +1,4 @@
-"""What this process holds and may hold, as the kernel says; and how it gives back what it does not use.
+"""What a process holds and may hold, as the kernel says; and how it gives back what it does not use.
 
 Whatever cannot be read is 0 or None: a figure in the stats, and never a reason to fail.
 """
@@ -21,13 +21,22 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 def resident_bytes() -> int:
     """Memory of this process that is really there, the libraries it maps included."""
-    return _statm()[0]
+    return memory_of("self")[0]
 
 
 def private_bytes() -> int:
     """The same without what lies in files: what grows with each model, where its runtime's library is there already."""
-    resident, from_files = _statm()
-    return resident - from_files
+    return memory_of("self")[1]
+
+
+def memory_of(process: int | str) -> tuple[int, int]:
+    """Both of the above of any process, by its id."""
+    try:
+        _, resident, from_files, *_ = map(int, Path(f"/proc/{process}/statm").read_text(encoding="ascii").split())
+    except (OSError, ValueError):
+        return 0, 0
+    page = os.sysconf("SC_PAGE_SIZE")
+    return resident * page, (resident - from_files) * page
 
 
 def limit_bytes(root: Path = _ROOT) -> int | None:
@@ -78,15 +87,6 @@ def _malloc_trim() -> Any:
         return ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError):
         return None
-
-
-def _statm() -> tuple[int, int]:
-    try:
-        _, resident, from_files, *_ = map(int, Path("/proc/self/statm").read_text(encoding="ascii").split())
-    except (OSError, ValueError):
-        return 0, 0
-    page = os.sysconf("SC_PAGE_SIZE")
-    return resident * page, from_files * page
 
 
 def _limit_files(root: Path) -> Iterator[Path]:
