@@ -124,6 +124,11 @@ class Link:
 
     def keep_up(self, now: float) -> None:
         """Open the next connection if it is due. This waits for TCP and TLS, at most OPEN_TIMEOUT_S."""
+        if self._reconnection.doubts(now):
+            log.info("The broker hung up on MQTT 5 and took 3.1.1; it is asked in MQTT 5 once more.")
+            self.session.closed()
+            self._transport.close()
+            self._reconnection.ask_again(now)
         if not self._reconnection.due(now):
             return
         try:

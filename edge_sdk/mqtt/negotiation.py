@@ -6,6 +6,9 @@ restarting, or a proxy in front of it, hangs up too, and 3.1.1 costs deadlines, 
 worked, only a refusal in so many words leads away from it; and where a hang-up led to 3.1.1, that is for one
 connection: the next begins with 5. With a broker that never answers (amqtt) each reconnection therefore costs the
 patience again. Where that matters, set the protocol.
+
+A connection in 3.1.1 may last, though, and over it a device gives no answer to those who ask in MQTT 5. So one that a
+hang-up led to is `doubtful`, until MQTT 5 was hung up on again by a broker that had just answered in 3.1.1.
 """
 
 from __future__ import annotations
@@ -40,10 +43,16 @@ class Negotiation:
         self._version: MqttVersion = 4 if protocol == "3.1.1" else 5
         self._knows_5 = False
         self._refused_5 = False
+        self._hung_up_on_5 = 0  # times, since the broker last hung up on 3.1.1, too
 
     @property
     def version(self) -> MqttVersion:
         return self._version
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether 3.1.1 is spoken because of a single hang-up, which may have had nothing to do with versions."""
+        return self._auto and self._version == 4 and not self._refused_5 and self._hung_up_on_5 == 1
 
     def patience_s(self, timeout_s: float) -> float:
         """How long to wait for CONNACK, of at most `timeout_s`."""
@@ -51,7 +60,7 @@ class Negotiation:
 
     def connected(self) -> None:
         if self._version == 5:
-            self._knows_5, self._refused_5 = True, False
+            self._knows_5, self._refused_5, self._hung_up_on_5 = True, False, 0
 
     def lost(self) -> None:
         """An established connection ended."""
@@ -65,8 +74,12 @@ class Negotiation:
             self._knows_5, self._refused_5 = False, True
         return self._switch()
 
-    def hung_up(self) -> bool:
-        """The connection ended, or stayed silent, before CONNACK."""
+    def hung_up(self, *, silent: bool = False) -> bool:
+        """The connection ended before CONNACK, or stayed `silent`: so did a broker that lives."""
+        if self._version == 4:
+            self._hung_up_on_5 = 0
+        else:
+            self._hung_up_on_5 += 2 if silent else 1
         return not self._knows_5 and self._switch()
 
     def _switch(self) -> bool:

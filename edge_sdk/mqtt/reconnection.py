@@ -15,10 +15,12 @@ from __future__ import annotations
 import math
 
 from edge_sdk.mqtt.backoff import Backoff
-from edge_sdk.mqtt.negotiation import Negotiation, ProtocolSetting
+from edge_sdk.mqtt.negotiation import PATIENCE_S, Negotiation, ProtocolSetting
 from edge_sdk.mqtt.transports.base import MqttVersion
 
 LASTING_S = 10.0
+DOUBT_S = 1.0
+"""How long a connection lasts whose version is doubtful. By then a broker that was starting has started."""
 _SUSPICIOUS = 5
 """So many connections in a row that did not last are more than a bad line: perhaps two clients share an id, of which
 not every broker tells them."""
@@ -32,6 +34,7 @@ class Reconnection:
         """When the next attempt is due; infinity while one is under way or the connection stands."""
         self._negotiation = Negotiation(protocol)
         self._backoff = backoff or Backoff()
+        self._begun_at = math.inf
         self._connected_at: float | None = None
         self._short_lived = 0
 
@@ -60,8 +63,18 @@ class Reconnection:
         """Whether to open now; if so, the attempt counts as begun."""
         if now < self.next_at:
             return False
-        self.next_at = math.inf
+        self.next_at, self._begun_at = math.inf, now
         return True
+
+    def doubts(self, now: float) -> bool:
+        """Whether to leave this connection and `ask_again`: a hang-up led to its version, and may mean nothing."""
+        connected_at = self._connected_at
+        return connected_at is not None and self._negotiation.doubtful and now - connected_at >= DOUBT_S
+
+    def ask_again(self, now: float) -> None:
+        """The connection was left; the next one, at once, is in MQTT 5."""
+        self._negotiation.lost()
+        self._connected_at, self.next_at = None, now
 
     def rest(self) -> None:
         """The connection was given up, and none is due until `resume`."""
@@ -87,7 +100,7 @@ class Reconnection:
     def closed(self, code: int | None, now: float) -> float:
         """The connection ended, or ended before CONNACK; the pause. 0 where another version is worth trying."""
         connected_at, self._connected_at = self._connected_at, None
-        if connected_at is None and self._negotiation.hung_up():
+        if connected_at is None and self._negotiation.hung_up(silent=now - self._begun_at >= PATIENCE_S):
             return self._pause(0.0, now)
         if connected_at is not None:
             self._negotiation.lost()

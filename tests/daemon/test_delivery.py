@@ -104,7 +104,8 @@ def test_restarting_the_broker_loses_no_request(
     restarts = 0
     with (
         running_daemon(digits.path.parent, durable_broker.url, tmp_path, ready=["digits"]),
-        Client(durable_broker.url, device=DEVICE, timeout_s=90) as client,
+        # A broker that goes every two seconds keeps a device away for longer than the ten that a client waits.
+        Client(durable_broker.url, device=DEVICE, timeout_s=90, wait_for_device_s=90) as client,
     ):
 
         def restart() -> None:

@@ -437,3 +437,21 @@ def test_a_broker_of_3_1_1_is_served_too(open_daemon: OpenDaemon) -> None:
 
     assert [5, 4] == versions
     assert between_s < 1
+
+
+@pytest.mark.parametrize(
+    ("hang_ups", "expected"),
+    [([1], [5, 4, 5]), ([1, 3], [5, 4, 5, 4])],
+    ids=["it was only starting", "it does so each time"],
+)
+def test_a_hang_up_is_no_word_about_versions(open_daemon: OpenDaemon, hang_ups: list[int], expected: list[int]) -> None:
+    """A broker that ends as it is greeted may have been going away. Where it then takes 3.1.1 it is asked in MQTT 5
+    once more, for over 3.1.1 no request has a way back; if it hangs up on that again, it is believed."""
+    ending = Rules(connack=b"", hang_up=True)
+    with FakeBroker(*(ending if number in hang_ups else Rules() for number in range(1, 5))) as broker:
+        open_daemon(broker.url)
+        last = len(expected)
+        broker.wait(lambda: broker.published(f"{MODELS}/scale", connection=last), "the last connection serves")
+        versions = [heard.version for heard in broker.heard if heard.kind == CONNECT]
+
+    assert expected == versions

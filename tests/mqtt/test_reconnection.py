@@ -7,7 +7,7 @@ import math
 import pytest
 
 from edge_sdk.mqtt.backoff import Backoff
-from edge_sdk.mqtt.reconnection import LASTING_S, Reconnection
+from edge_sdk.mqtt.reconnection import DOUBT_S, LASTING_S, Reconnection
 from edge_sdk.mqtt.transports.base import SESSION_TAKEN_OVER
 
 
@@ -103,3 +103,48 @@ def test_a_set_version_stays() -> None:
     pinned.closed(None, 100.0)
 
     assert 4 == pinned.version
+
+
+def test_what_a_hang_up_led_to_is_doubted_once(reconnection: Reconnection) -> None:
+    """In 3.1.1 because MQTT 5 was hung up on, by a broker that lives all the same: 5 is tried once more, soon."""
+    reconnection.due(0.0)
+    reconnection.closed(None, 0.1)
+    reconnection.connected(1.0)
+    early, due = (reconnection.doubts(1.0 + after_s) for after_s in (DOUBT_S / 2, DOUBT_S))
+    reconnection.ask_again(3.0)
+    again = reconnection.version, reconnection.due(3.0)
+    reconnection.closed(None, 3.1)
+    believed = reconnection.version
+    reconnection.connected(3.2)
+
+    assert (False, True) == (early, due)
+    assert (5, True) == again
+    assert 4 == believed
+    assert not reconnection.doubts(1e9)
+
+
+def test_a_hang_up_on_both_versions_is_about_neither(reconnection: Reconnection) -> None:
+    """A proxy without its broker hangs up on everybody: what connects when that is back is doubted."""
+    for moment in range(3):  # 5, 3.1.1, 5
+        reconnection.due(1e9)
+        reconnection.closed(None, moment)
+    reconnection.connected(10.0)
+
+    assert 4 == reconnection.version
+    assert reconnection.doubts(10.0 + DOUBT_S)
+
+
+def test_silence_and_refusals_are_believed(reconnection: Reconnection) -> None:
+    """A broker that thought about MQTT 5 until patience ended was not going away; one that refused it said so."""
+    reconnection.due(0.0)
+    reconnection.closed(None, reconnection.patience_s(10))
+    reconnection.connected(3.0)
+    silent = reconnection.doubts(100.0)
+    other = Reconnection("auto")
+    other.due(0.0)
+    other.refused(0x84, 0.1)
+    other.connected(0.2)
+
+    assert 4 == reconnection.version == other.version
+    assert not silent
+    assert not other.doubts(100.0)
