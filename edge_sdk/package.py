@@ -136,7 +136,7 @@ class WayRecord(Record):
     latency_ms: float = Field(gt=0)
     """The median."""
     cpu_ms: float
-    """Processor time of one inference, of all threads, at half load."""
+    """Processor time of one inference, of all threads, where every few of them are followed by as long a rest."""
 
 
 class RunningRecord(Record):

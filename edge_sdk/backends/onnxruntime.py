@@ -183,6 +183,7 @@ def _session(graph: bytes | str, profile: DeviceProfile, provider: str) -> Any:
         "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
     }[profile.onnxruntime.graph_optimization]
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(profile.onnxruntime.spinning)))
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # at the end of a run; else for a second more
     options.log_severity_level = 3  # errors; they reach us as exceptions anyway
     try:
         wanted = {provider: None, _CPU: None}  # the CPU's has what another one does not take

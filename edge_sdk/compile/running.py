@@ -1,21 +1,20 @@
-"""How a graph is run best by onnxruntime on this machine: with how many threads, and whether they spin between runs.
+"""How a graph is run best by onnxruntime on this machine: with how many threads, and whether they spin as they compute.
 
     speeds = speeds_of([fp32, int8], options, load, feeds, max_batch=8)
     speeds[1].record            # for the manifest; `best_batch` of `per_second_at_batch` is found with it
 
-More threads answer sooner, and cost more processor time: threads wait for one another, and those that spin do so on a
-core that the network, the decoders or another model could use. So every way to run has two measures: the median
-latency, and the processor time of one inference at half load, when the process rests as long as it computed (the rest
-counts, threads spin in it). A way takes the place of a more frugal one only if
+More threads answer sooner, and cost more processor time: they wait for one another between the operators of a graph,
+asleep or spinning. So every way to run has two measures: the median latency, and the processor time of one inference at
+half load, when a few inferences come one behind another and the process then rests as long. A way takes the place of a
+more frugal one only if
 
 * it is `_WORTH_THREADS` times as fast or more, and
 * what it gains in time is no less than what it costs in processor time: twice as fast may cost twice as much.
 
-Why processor time decides: in a server that shares its two cores with a broker and its clients, switching spinning off
-took a tiny model from 4,424 to 7,333 requests a second at less than half the processor time, while in a bare loop
-MobileNetV2 lost 15 to 26 % by it; and the whole server with MobileNetV2 still won, 0.70 to 0.78 of the raw loop against
-0.65. Measured here with onnxruntime 1.31: a tiny model's two spinning threads take 5.2 ms of processor time for each
-inference in between rests of 5 ms, two that sleep 0.14 ms.
+No way spins between inferences, as onnxruntime does unless it is told to stop: a tiny model's two threads then took
+5.2 ms of processor time for each inference in between rests of 5 ms, which the network, the decoders or another model
+could have used. Spinning inside of one is another matter. MobileNetV2 INT8 on two cores (onnxruntime 1.31), back to
+back: 3.35 ms with one thread, 3.90 with two that sleep (5.96 ms of processor time), 2.14 with two that spin (4.26).
 
 All ways of all candidates are measured in turns within one run, some seconds altogether.
 """
@@ -35,7 +34,9 @@ from edge_sdk.tensors import Feeds
 
 _WORTH_THREADS = 1.15
 """How many times as fast a way to run a graph must be as a more frugal one: less than that is noise."""
-_LONGEST_REST_S = 0.005
+_TOGETHER = 4
+"""Inferences that come one behind another at half load."""
+_LONGEST_REST_S = 0.02
 _SECONDS_FOR_LATENCIES = 1.2
 _SECONDS_AT_HALF_LOAD = 0.1
 _RUNS_AT_HALF_LOAD = 200
@@ -64,7 +65,8 @@ def speeds_of(
 ) -> list[Speed]:
     """How fast each of `graphs` is here. `options` are the profile's; those of a way take their place.
 
-    First the numbers of threads, then for each graph the best of them beside the same one spinning.
+    First the numbers of threads, which spin where there are several, then for each graph the best of them beside the
+    same one asleep.
     """
     with ExitStack() as stack:
 
@@ -77,11 +79,11 @@ def speeds_of(
         best = [_best(*both) for both in zip(ways, measures)]
         if any(way.options.intra_op_threads > 1 for way, _ in best):
             ways = [
-                [way, *(loaded(graph, spinning) for spinning in _spinning(way.options))]
+                [*(loaded(graph, asleep) for asleep in _asleep(way.options)), way]
                 for graph, (way, _) in zip(graphs, best)
             ]
             measures = _measured(ways, feeds)
-            tried = [[*before, *after[1:]] for before, after in zip(tried, measures)]
+            tried = [[*before, *after[:-1]] for before, after in zip(tried, measures)]
             best = [_best(*both) for both in zip(ways, measures)]
         speeds = []
         for (way, measure), others in zip(best, tried):
@@ -108,9 +110,9 @@ def _best(ways: Sequence[_Way], measures: Sequence[WayRecord]) -> tuple[_Way, Wa
     return ways[measures.index(measure)], measure
 
 
-def _spinning(options: OnnxRuntimeOptions) -> list[OnnxRuntimeOptions]:
-    """The same, spinning; a single thread has none to wait for."""
-    return [options.model_copy(update={"spinning": True})] if options.intra_op_threads > 1 else []
+def _asleep(options: OnnxRuntimeOptions) -> list[OnnxRuntimeOptions]:
+    """The same, not spinning; a single thread has none to wait for."""
+    return [options.model_copy(update={"spinning": False})] if options.intra_op_threads > 1 else []
 
 
 def ways_to_run(options: OnnxRuntimeOptions, cores: int = 0) -> list[OnnxRuntimeOptions]:
@@ -118,7 +120,7 @@ def ways_to_run(options: OnnxRuntimeOptions, cores: int = 0) -> list[OnnxRuntime
     cores = cores or physical_cores()
     most = min(options.intra_op_threads or cores, cores)
     counts = sorted({most, *(1 << power for power in range(most.bit_length()) if 1 << power < most)})
-    return [options.model_copy(update={"intra_op_threads": count, "spinning": False}) for count in counts]
+    return [options.model_copy(update={"intra_op_threads": count, "spinning": count > 1}) for count in counts]
 
 
 def best_way(ways: Sequence[WayRecord]) -> WayRecord:
@@ -153,14 +155,14 @@ def _record(options: OnnxRuntimeOptions, latency_ms: float, cpu_ms: float) -> Wa
 
 
 def _cpu_ms_at_half_load(engine: Engine, feeds: Feeds, latency_ms: float) -> float:
-    """Processor time of one inference, all threads of the process together, with a rest behind each."""
-    rest_s = min(latency_ms / 1e3, _LONGEST_REST_S)
+    """Processor time of one inference, all threads of the process together, with a rest behind every few."""
+    rest_s = min(_TOGETHER * latency_ms / 1e3, _LONGEST_REST_S)
     engine.infer(feeds)
-    time.sleep(_LONGEST_REST_S)  # threads of the engine before this one may still spin
     runs = 0
     began, until = time.process_time(), time.perf_counter() + _SECONDS_AT_HALF_LOAD
     while not runs or (time.perf_counter() < until and runs < _RUNS_AT_HALF_LOAD):
-        engine.infer(feeds)
+        for _ in range(_TOGETHER):
+            engine.infer(feeds)
         time.sleep(rest_s)
-        runs += 1
+        runs += _TOGETHER
     return (time.process_time() - began) / runs * 1e3

@@ -28,11 +28,12 @@ def way(threads: int, latency_ms: float, cpu_ms: float, *, spinning: bool = Fals
 )
 def test_numbers_of_threads_that_are_tried(limit: int, cores: int, counts: list[int]) -> None:
     """Powers of two and all of them, the most frugal first; a profile may say that there are to be fewer."""
-    options = OnnxRuntimeOptions(intra_op_threads=limit, spinning=True, graph_optimization="basic")
+    options = OnnxRuntimeOptions(intra_op_threads=limit, graph_optimization="basic")
     ways = ways_to_run(options, cores)
 
     assert counts == [each.intra_op_threads for each in ways]
-    assert {(False, "basic")} == {(each.spinning, each.graph_optimization) for each in ways}
+    assert all(each.spinning == (each.intra_op_threads > 1) for each in ways)
+    assert {"basic"} == {each.graph_optimization for each in ways}
 
 
 @pytest.mark.parametrize(
@@ -89,13 +90,13 @@ def test_another_device_is_not_measured(tmp_path: Path, jetson: DeviceProfile) -
     assert package.manifest.running is None
 
 
-@pytest.mark.parametrize(("where", "threads", "spins"), [("here", 3, "1"), ("elsewhere", physical_cores(), "0")])
+@pytest.mark.parametrize(("where", "threads", "spins"), [("here", 3, "0"), ("elsewhere", physical_cores(), "1")])
 def test_measures_hold_where_they_were_made(tmp_path: Path, where: str, threads: int, spins: str) -> None:
     """On a processor of another kind, or with another number of cores, the profile's options count."""
     if not OnnxRuntimeBackend().availability():
         pytest.skip("onnxruntime is not installed")
     running = RunningRecord(
-        intra_op_threads=3, spinning=True, processor=processor() if where == "here" else "an i860, 1 cores"
+        intra_op_threads=3, spinning=False, processor=processor() if where == "here" else "an i860, 1 cores"
     )
     package = packages.make_package(tmp_path / "p", packages.scaling(), backend="onnxruntime", running=running)
     loaded = load_engine(package)
@@ -103,4 +104,5 @@ def test_measures_hold_where_they_were_made(tmp_path: Path, where: str, threads:
 
     assert threads == options.intra_op_num_threads
     assert spins == options.get_session_config_entry("session.intra_op.allow_spinning")
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
     loaded.engine.close()
