@@ -11,11 +11,13 @@ MobileNetV2 (INT8) on photos as JPEG, QoS 1, one generator that sends on a fixed
   `max_queue`, where the daemon has all of it and says 429.
 * *rubbish*: at half of what it can do, good traffic alone and with one bad request for each two good ones (truncated
   and lying pictures, broken JSON, tensors of the wrong size, unknown types), in turns; the good ones' p99 is compared.
+  Both kinds come at random moments, as from many clients, the good ones at the same in every turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import heapq
 import itertools
 import json
 import random
@@ -77,23 +79,22 @@ class Generator:
         self._transport = connected(port, name, self._replies, receive_maximum=65_535)
         self._numbers = itertools.count(1)
 
-    def run(self, rate: float, seconds: float, sendings: Iterator[Sending]) -> Outcome:
-        """Send `rate` good and bad requests a second for `seconds`, then wait until none can be answered any more."""
+    def run(self, timetable: Iterator[tuple[float, Sending]], seconds: float) -> Outcome:
+        """Send what is due (in seconds after the start) for `seconds`, then wait until no answer can come any more."""
         found = Outcome(seconds=seconds)
         sent_at: dict[bytes, tuple[float, bool]] = {}
         begin = time.perf_counter()
         until = begin + seconds
-        next_at = begin
+        due_s, one = next(timetable)
         while (now := time.perf_counter()) < until + PATIENCE_S + 1.0 and (now < until or sent_at):
-            while next_at <= now < until:
-                one = next(sendings)
+            while begin + due_s <= now < until:
                 key = b"%d" % next(self._numbers)
                 properties = Properties(self._replies, key, one.content_type, PATIENCE_S)
                 self._transport.publish(Message(TOPIC, one.payload, properties=properties))
                 sent_at[key] = now, one.good
                 found.sent += one.good
-                next_at += 1 / rate
-            pause_s = min(0.05, max(0.0, next_at - now)) if now < until else 0.05
+                due_s, one = next(timetable)
+            pause_s = min(0.05, max(0.0, begin + due_s - now)) if now < until else 0.05
             for event in self._transport.poll(pause_s):
                 if isinstance(event, Received):
                     self._transport.acknowledge(event)
@@ -130,6 +131,18 @@ class Generator:
             found.latencies_ms.append(took_s * 1e3)
             status = "200" if took_s <= PATIENCE_S else "late"
         found.statuses[status] += 1
+
+
+def evenly(rate: float, sendings: Sequence[Sending]) -> Iterator[tuple[float, Sending]]:
+    """A timetable of so many a second, one every so often."""
+    return ((number / rate, one) for number, one in enumerate(itertools.cycle(sendings)))
+
+
+def at_random(rate: float, sendings: Sequence[Sending], seed: int) -> Iterator[tuple[float, Sending]]:
+    """A timetable of so many a second, each on its own; of one seed always the same."""
+    draw = random.Random(seed)
+    moments = itertools.accumulate(iter(lambda: draw.expovariate(rate), None))
+    return zip(moments, itertools.cycle(sendings))
 
 
 def photos(models: Path) -> list[Sending]:
@@ -183,7 +196,7 @@ def overload(
             found: dict[float, list[Outcome]] = {load: [] for load in LOADS}
             for _ in range(rounds):
                 for load in random.Random(0).sample(LOADS, len(LOADS)):
-                    found[load].append(generator.run(load * peak, seconds, itertools.cycle(sendings)))
+                    found[load].append(generator.run(evenly(load * peak, sendings), seconds))
             best = max(statistics.median(each.goodput for each in outcomes) for outcomes in found.values())
             for load, outcomes in found.items():
                 goodput = statistics.median(each.goodput for each in outcomes)
@@ -212,14 +225,7 @@ def mixed(
     port: int, engines: Path, sendings: Sequence[Sending], rounds: int, seconds: float
 ) -> list[dict[str, object]]:
     bad = rubbish(sendings[0].payload)
-    draw = random.Random(1)
-
-    def with_rubbish() -> Iterator[Sending]:
-        for good in itertools.cycle(sendings):
-            yield good
-            if draw.random() < 0.5:
-                yield draw.choice(bad)
-
+    random.Random(1).shuffle(bad)
     ratios = []
     samples: list[dict[str, object]] = []
     with daemon(engines, port):
@@ -228,10 +234,10 @@ def mixed(
         for turn in range(2 * rounds):
             pair = {}
             for kind in ("alone", "mixed") if turn % 2 else ("mixed", "alone"):
-                rate = 0.5 * peak * (1.5 if kind == "mixed" else 1.0)
-                pair[kind] = generator.run(
-                    rate, seconds, with_rubbish() if kind == "mixed" else itertools.cycle(sendings)
-                )
+                timetable = at_random(0.5 * peak, sendings, turn)
+                if kind == "mixed":
+                    timetable = heapq.merge(timetable, at_random(0.25 * peak, bad, turn + 1000), key=lambda due: due[0])
+                pair[kind] = generator.run(timetable, seconds)
                 samples.append({"kind": kind, **asdict(pair[kind])})
             ratios.append(pair["mixed"].p99_ms() / pair["alone"].p99_ms())
     alone = statistics.median(_p99(one) for one in samples if one["kind"] == "alone")
