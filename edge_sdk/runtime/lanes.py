@@ -7,8 +7,11 @@ arrays meet the engine every time and nothing is allocated. Only a model whose s
 request gets arrays of its own each time.
 
     lane = lanes_of(engine, rows=8)[0]
-    lane.start([feeds, other_feeds], rows=2)
+    lane.start(lambda: ([feeds, other_feeds], 2))
     outputs = lane.finish()             # valid until the lane's next `start`
+
+What a batch is made of is asked for when it is computed, and no sooner: before that it may have waited for its turn on
+the processor, for longer than some of it can wait.
 
 A model with several *instances* has a lane for each, with a thread of its own that computes: over twins of its engine,
 which share the weights, or are processes of their own.
@@ -18,15 +21,18 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from edge_sdk.backends.base import Engine, Hosting, Pipelined, Shareable, Slot, Threaded
 from edge_sdk.errors import DeviceLost, EdgeSdkError
-from edge_sdk.runtime.turns import PatientEngine, Turnstile
+from edge_sdk.runtime.turns import Turnstile
 from edge_sdk.tensors import Array, Feeds, Outputs, allocate, is_batchable, sizes_vary, zeros
+
+Load = tuple[Sequence[Feeds], int]
+"""Requests that are computed together, and the rows that they have; 0 rows: one request that shares no batch."""
 
 
 class Lane(Protocol):
@@ -39,12 +45,13 @@ class Lane(Protocol):
         """Compute `rows` rows of zeros."""
         ...
 
-    def start(self, requests: Sequence[Feeds], rows: int) -> None:
-        """Begin to compute `requests`, which have `rows` rows together; 0: one request that shares no batch."""
+    def start(self, board: Callable[[], Load]) -> None:
+        """Begin to compute what `board` gives, which is asked as that begins, once, and on whichever thread. Where it
+        gives no request, nothing is computed."""
         ...
 
     def finish(self) -> Outputs:
-        """Every output of what was started, once it is there."""
+        """Every output of what was started, once it is there; of nothing, nothing that is worth reading."""
         ...
 
     def close(self) -> None:
@@ -92,15 +99,15 @@ def _own_lanes(engine: Engine, rows: int, turnstile: Turnstile) -> list[Lane]:
     batchable = is_batchable(engine.inputs, engine.outputs)
     free = any(spec.has_free_axes for spec in (*engine.inputs, *engine.outputs))
     if sizes_vary(engine.inputs) or (free and not batchable):
-        return [LooseLane(PatientEngine(engine, turnstile))]
+        return [PatientLane(LooseLane(engine), turnstile)]
     if isinstance(engine, Pipelined) and (slots := engine.slots(rows)):
         return [SlotLane(slot) for slot in slots]
     inputs, outputs = allocate(engine.inputs, rows), allocate(engine.outputs, rows)
     if inputs is None or outputs is None:
-        return [LooseLane(PatientEngine(engine, turnstile))]
+        return [PatientLane(LooseLane(engine), turnstile)]
     if isinstance(engine, Hosting):
         inputs, outputs = engine.arrays(inputs, outputs)
-    return [SlotLane(Slab(PatientEngine(engine, turnstile), inputs, outputs, batchable))]
+    return [PatientLane(SlotLane(Slab(engine, inputs, outputs, batchable)), turnstile)]
 
 
 class SlotLane:
@@ -119,7 +126,11 @@ class SlotLane:
         self._slot.start(rows)
         self._slot.finish()
 
-    def start(self, requests: Sequence[Feeds], rows: int) -> None:
+    def start(self, board: Callable[[], Load]) -> None:
+        requests, rows = board()
+        if not requests:
+            self._outputs = {}
+            return
         slot, rows = self._slot, rows or 1
         feeds, self._outputs = slot.at(rows)
         for name, place in feeds.items():
@@ -127,7 +138,8 @@ class SlotLane:
         slot.start(rows)
 
     def finish(self) -> Outputs:
-        self._slot.finish()
+        if self._outputs:
+            self._slot.finish()
         return self._outputs
 
     def close(self) -> None:
@@ -155,10 +167,12 @@ class LooseLane:
         except EdgeSdkError:
             pass
 
-    def start(self, requests: Sequence[Feeds], rows: int) -> None:
-        self._outputs = self._engine.infer(
-            {name: _joined([request[name] for request in requests]) for name in requests[0]}
-        )
+    def start(self, board: Callable[[], Load]) -> None:
+        requests, _ = board()
+        if requests:
+            self._outputs = self._engine.infer(
+                {name: _joined([request[name] for request in requests]) for name in requests[0]}
+            )
 
     def finish(self) -> Outputs:
         outputs, self._outputs = self._outputs, {}
@@ -166,6 +180,33 @@ class LooseLane:
 
     def close(self) -> None:
         return
+
+
+class PatientLane:
+    """A lane whose batches pass a turnstile before they are computed, on the thread that computes."""
+
+    def __init__(self, lane: Lane, turnstile: Turnstile) -> None:
+        """`lane` computes as it starts."""
+        self.measurable = lane.measurable
+        self._lane = lane
+        self._turnstile = turnstile
+
+    def warm(self, rows: int) -> None:
+        with self._turnstile:
+            self._lane.warm(rows)
+
+    def start(self, board: Callable[[], Load]) -> None:
+        if self._turnstile.is_open:
+            self._lane.start(board)
+            return
+        with self._turnstile:
+            self._lane.start(board)
+
+    def finish(self) -> Outputs:
+        return self._lane.finish()
+
+    def close(self) -> None:
+        self._lane.close()
 
 
 class ThreadLane:
@@ -176,7 +217,7 @@ class ThreadLane:
         self.measurable = lane.measurable
         self._lane = lane
         self.engine = engine
-        self._orders: queue.SimpleQueue[tuple[Sequence[Feeds], int] | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[Callable[[], Load] | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Outputs | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="edge-sdk-instance", daemon=True)
         self._thread.start()
@@ -184,8 +225,8 @@ class ThreadLane:
     def warm(self, rows: int) -> None:
         self._lane.warm(rows)
 
-    def start(self, requests: Sequence[Feeds], rows: int) -> None:
-        self._orders.put((requests, rows))
+    def start(self, board: Callable[[], Load]) -> None:
+        self._orders.put(board)
 
     def finish(self) -> Outputs:
         done = self._done.get()
@@ -202,7 +243,7 @@ class ThreadLane:
         """The life of the thread."""
         while (order := self._orders.get()) is not None:
             try:
-                self._lane.start(*order)
+                self._lane.start(order)
                 self._done.put(self._lane.finish())
             except BaseException as exc:
                 self._done.put(exc)

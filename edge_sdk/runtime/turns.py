@@ -4,7 +4,9 @@
     turnstile = Turnstile(threads=2)        # of one worker; open to everybody
     turnstile.close(turns, "squeezenet")    # from now on its batches take their turns
     with turnstile:
-        engine.infer(...)
+        lane.start(...)
+
+A batch may wait for long, so nobody decides before its turn has come what of it is still worth computing (see `lanes`).
 
 Only models with threads of their own wait here. One that computes on the network thread does not: its batches take
 milliseconds, and a network thread that waits keeps everybody else waiting.
@@ -16,13 +18,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
 from types import TracebackType
 
-from edge_sdk.backends.base import Engine
 from edge_sdk.profiles import physical_cores
 from edge_sdk.runtime.admission import Admission, Claim
-from edge_sdk.tensors import Array, Outputs, TensorSpec
 
 HELD_S = 3.0
 """Longer than nearly every batch. Those that take longer share the cores with the others from then on."""
@@ -101,28 +100,3 @@ class Turnstile:
         if self._turns is not None:
             self._claims.discard(self._mine.claim)
             self._turns.leave(self._mine.claim, time.monotonic() - self._mine.since)
-
-
-class PatientEngine:
-    """An engine whose `infer` passes a turnstile first."""
-
-    def __init__(self, engine: Engine, turnstile: Turnstile) -> None:
-        self._engine = engine
-        self._turnstile = turnstile
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return self._engine.inputs
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        return self._engine.outputs
-
-    def infer(self, feeds: Mapping[str, Array], out: Mapping[str, Array] | None = None) -> Outputs:
-        if self._turnstile.is_open:
-            return self._engine.infer(feeds, out)
-        with self._turnstile:
-            return self._engine.infer(feeds, out)
-
-    def close(self) -> None:
-        self._engine.close()

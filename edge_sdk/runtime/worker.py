@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from edge_sdk.backends.aligned import AlignedEngine
@@ -35,7 +36,7 @@ from edge_sdk.errors import (
 from edge_sdk.package import EnginePackage
 from edge_sdk.profiles import Machine
 from edge_sdk.runtime.batching import pack, pack_alike
-from edge_sdk.runtime.lanes import Lane, LooseLane, ThreadLane, lanes_of, turnstile_for
+from edge_sdk.runtime.lanes import Lane, Load, LooseLane, ThreadLane, lanes_of, turnstile_for
 from edge_sdk.runtime.messages import Answer, Request, Timing
 from edge_sdk.runtime.sequences import Sequences, rounds
 from edge_sdk.seldom import Seldom
@@ -61,21 +62,24 @@ _CLOSES = object()
 class _Flight:
     """A batch on its way. Its first group is being computed; the others follow in the same lane as it is finished."""
 
-    __slots__ = ("answers", "error", "feeds", "group", "groups", "lane", "launched", "requests", "started")
+    __slots__ = ("answers", "error", "feeds", "group", "groups", "lane", "late", "launched", "requests", "under_way")
 
     def __init__(self, lane: Lane, requests: Sequence[Request], started: float) -> None:
         self.lane = lane
         self.requests = requests
-        self.started = started
         self.groups: list[Group] = []
         self.answers: list[Answer] = []
-        """Those that are there already: to requests that could not be decoded."""
+        """Those that are there already: to requests that could not be decoded, or came too late."""
         self.group: Group = ()
         """What is being computed."""
         self.feeds: list[Feeds] = []
         """What the model is fed for each of the group."""
         self.launched = started
-        """When the group that is being computed began."""
+        """When the group that is being computed began: its turn had come."""
+        self.late = False
+        """Whether the deadline of any passed before its turn came."""
+        self.under_way = False
+        """Whether the lane was given the group."""
         self.error: Exception | None = None
         """What went wrong with it then."""
 
@@ -247,7 +251,7 @@ class Worker:
             flight.answers += self._land(flight)
         self._flights.popleft()
         self._lanes.append(flight.lane)
-        if not in_order:
+        if flight.late or not in_order:
             places = {request.ticket: place for place, request in enumerate(flight.requests)}
             flight.answers.sort(key=lambda answer: places[answer.ticket])
         return flight.answers
@@ -270,22 +274,49 @@ class Worker:
 
     def _launch(self, flight: _Flight, group: Group) -> None:
         """Begin to compute a group. What goes wrong is for `_land` to deal with, in its turn; DeviceLost is raised."""
-        flight.launched, flight.error = self._clock(), None
+        flight.error = None
         flight.group, flight.feeds = group, [decoded.feeds for _, decoded in group]
         if self.sequences is not None:
             self._resume(flight, self.sequences)
+        flight.under_way = bool(flight.group)
         try:
-            if flight.group:
-                flight.lane.start(flight.feeds, sum([decoded.rows for _, decoded in flight.group]))
+            if flight.under_way:
+                flight.lane.start(partial(self._board, flight))
         except DeviceLost:
             raise
         except Exception as exc:
             flight.error = exc
 
+    def _board(self, flight: _Flight) -> Load:
+        """The turn of a group has come: those that can still wait for an answer are computed.
+
+        The lane asks, perhaps on another thread, while nobody looks at the flight.
+        """
+        now = flight.launched = self._clock()
+        if min([request.deadline for request, _ in flight.group]) <= now:
+            self._leave_late(flight, now)
+        return flight.feeds, sum([decoded.rows for _, decoded in flight.group])
+
+    def _leave_late(self, flight: _Flight, now: float) -> None:
+        """Answer those whose deadline passed, and compute the others of the group without them."""
+        going, feeds = [], []
+        for one, brought in zip(flight.group, flight.feeds):
+            request = one[0]
+            if request.deadline > now:
+                going.append(one)
+                feeds.append(brought)
+                continue
+            if self.sequences is not None:
+                self.sequences.let_go(*one)
+            late = DeadlineExceeded(
+                f"The request waited {(now - request.received) * 1000:.0f} ms for its turn; its deadline passed."
+            )
+            flight.answers.append(self._answer(request, late))
+        flight.group, flight.feeds, flight.late = going, feeds, True
+
     def _land(self, flight: _Flight) -> list[Answer]:
         """The answers to the group that was launched last; if it failed, each of it is computed again alone."""
-        group = flight.group
-        if not group:
+        if not flight.under_way:
             return []
         try:
             if flight.error is not None:
@@ -294,13 +325,14 @@ class Worker:
         except DeviceLost:
             raise
         except Exception as exc:
+            group = flight.group
             if len(group) > 1:
                 return [answer for one in group for answer in self._alone(flight, one)]
             self._tell(exc, group[0][0])
             if self.sequences is not None:
                 self.sequences.let_go(*group[0])
             return [self._answer(request, _as_request_error(exc)) for request, _ in group]
-        now = self._clock()
+        now, group = self._clock(), flight.group
         infer_ms = (now - flight.launched) * 1000
         together = tuple([request.ticket for request, _ in group]) if len(group) > 1 else ()
         answers = []
@@ -323,15 +355,16 @@ class Worker:
 
     def _resume(self, flight: _Flight, sequences: Sequences) -> None:
         """Give each of the group the state of its sequence; who gets none is answered, and leaves the group."""
+        now = self._clock()
         going, feeds = [], []
         for request, decoded in flight.group:
             try:
                 if decoded.reply is _CLOSES:
-                    sequences.close(request, decoded, flight.launched)
+                    sequences.close(request, decoded, now)
                     closed = encode_response({}, model_name=self.package.name, model_version=self.package.version)
                     flight.answers.append(self._answer(request, closed))
                     continue
-                feeds.append(sequences.resume(request, decoded, flight.launched))
+                feeds.append(sequences.resume(request, decoded, now))
             except RequestError as exc:
                 flight.answers.append(self._answer(request, exc))
             else:
