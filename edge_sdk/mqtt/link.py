@@ -21,6 +21,7 @@ from typing import Literal
 
 from edge_sdk.errors import EdgeSdkError, TooLarge
 from edge_sdk.mqtt.negotiation import ProtocolSetting
+from edge_sdk.mqtt.reaching import Reaching
 from edge_sdk.mqtt.reconnection import Reconnection
 from edge_sdk.mqtt.session import Acknowledge, Publish, Record, Session
 from edge_sdk.mqtt.transports.base import (
@@ -65,12 +66,15 @@ class Link:
         on_trouble: Callable[[], None],
         on_refused: Callable[[str, int], None] | None = None,
         write_down: Callable[[Record], None] | None = None,
+        aside: bool = False,
     ) -> None:
         """`options` gives what each connection is opened with; `on_trouble` is told of each change of `trouble`,
         `on_refused` of the topic of an announcement that the broker did not take, and why.
 
         `subscriptions` says which topics are read, and with what QoS; `numbers` is where the session's tickets come
         from. `write_down` keeps what a `durable` session wants written before anything after it is done.
+
+        `aside`: the broker is reached on a thread of its own, and `keep_up` waits for nothing.
         """
         self.trouble = ""
         """Why there is no connection; empty while there is one, and before the first attempt."""
@@ -91,6 +95,8 @@ class Link:
         self._on_trouble = on_trouble
         self._on_refused = on_refused
         self._write_down = write_down
+        self._aside = aside
+        self._reaching: Reaching | None = None
         self._limits = BrokerLimits()
         self._client_id = self._broker = ""
         self._unpublished = Seldom()
@@ -120,21 +126,31 @@ class Link:
     @property
     def next_at(self) -> float:
         """When the next connection is to be opened; infinity while one stands or is on its way."""
-        return self._reconnection.next_at
+        return 0.0 if self._reaching is not None and self._reaching.done else self._reconnection.next_at
 
     def keep_up(self, now: float) -> None:
-        """Open the next connection if it is due. This waits for TCP and TLS, at most OPEN_TIMEOUT_S."""
+        """Open the next connection if it is due. This waits for TCP and TLS, at most OPEN_TIMEOUT_S; `aside`, another
+        thread does, and wakes us when the connection can be opened."""
         if self._reconnection.doubts(now):
             log.info("The broker hung up on MQTT 5 and took 3.1.1; it is asked in MQTT 5 once more.")
             self.session.closed()
             self._transport.close()
             self._reconnection.ask_again(now)
-        if not self._reconnection.due(now):
+        reaching = self._reaching
+        if not (self._reconnection.due(now) if reaching is None else reaching.done):
             return
+        self._reaching = None
+        timeout_s = self._reconnection.patience_s(OPEN_TIMEOUT_S)
         try:
+            if reaching is not None:
+                self._transport.open(reaching.options, timeout_s=timeout_s, reached=reaching.result())
+                return
             options = self._options(self._reconnection.version)
             self._client_id, self._broker = options.client_id, f"{options.host}:{options.port}"
-            self._transport.open(options, timeout_s=self._reconnection.patience_s(OPEN_TIMEOUT_S))
+            if self._aside:
+                self._reaching = Reaching(self._transport, options, timeout_s=timeout_s)
+            else:
+                self._transport.open(options, timeout_s=timeout_s)
         except EdgeSdkError as exc:
             self._tell(f"waiting for the broker: {exc.problem}", self._reconnection.failed(time.monotonic()))
 
@@ -149,6 +165,9 @@ class Link:
     def rest(self) -> None:
         """Leave the broker, and stay away until `resume`."""
         self.session.closed()
+        if self._reaching is not None:
+            self._reaching.abandon()
+            self._reaching = None
         self._transport.close()
         self._reconnection.rest()
         self.trouble = ""

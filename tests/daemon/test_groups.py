@@ -17,6 +17,7 @@ from edge_sdk.errors import NoAnswer, SettingsError
 from edge_sdk.mqtt.client import Client
 from tests.brokers import Broker, eventually
 from tests.daemon.processes import DaemonProcess
+from tests.faults.proxy import Proxy
 from tests.packages import make_package, misbehaving, scaling
 
 GROUP = "line-3"
@@ -129,6 +130,28 @@ def test_the_second_connection_waits_for_nothing(broker: Broker, start_member: S
             client.infer("double", {"x": ROW}, group=GROUP)
 
         assert time.monotonic() - began < 10
+
+
+@pytest.mark.timeout(60)
+def test_a_second_connection_that_cannot_be_made_holds_up_nobody(broker: Broker, start_member: StartMember) -> None:
+    """A way to the broker with room for one connection, which drops the second one's SYNs: what the device is asked on
+    the first is answered all the while, and once there is room the device is in its group."""
+    with Proxy(broker.port, room=1) as proxy, Client(broker.url, device="crowded", timeout_s=30) as client:
+        daemon = start_member("crowded", broker__url=f"mqtt://127.0.0.1:{proxy.port}")
+        eventually(lambda: group_of(client, "crowded").get("state") == "joining", "the device wants a second one")
+        daemon.wait_for_state(client, "double", "READY")
+        longest_s, until = 0.0, time.monotonic() + 2
+        while (began := time.monotonic()) < until:
+            client.infer("double", {"x": ROW})
+            longest_s = max(longest_s, time.monotonic() - began)
+        state = group_of(client, "crowded")["state"]
+        proxy.room = None
+        wait_until_joined(client, "crowded")
+        shared = client.infer("double", {"x": ROW}, group=GROUP)
+
+    assert longest_s < 2.5  # an attempt takes up to five, and the next one follows within a fraction of one
+    assert "joining" == state
+    assert "crowded" == shared.device
 
 
 def test_mqtt_311_serves_without_the_group(broker: Broker, start_member: StartMember) -> None:

@@ -4,6 +4,7 @@
         ...                          # connect to proxy.port
         proxy.reset()                # every connection ends with an RST
         proxy.half_open()            # the connections of now are dead, and nothing says so; new ones work
+        proxy.room = None            # of `Proxy(broker.port, room=1)`: who is more than one waits for ever, until now
         proxy.to_broker.bytes_per_second = 1000
 
 Each direction of each connection has a thread that reads, waits as it is told, and writes. The settings of a direction
@@ -56,13 +57,21 @@ class Proxy:
     """Listens on a free port of the loopback interface; a context manager."""
 
     def __init__(
-        self, upstream_port: int, *, upstream_host: str = "127.0.0.1", seed: int = 0, buffer_bytes: int | None = None
+        self,
+        upstream_port: int,
+        *,
+        upstream_host: str = "127.0.0.1",
+        seed: int = 0,
+        buffer_bytes: int | None = None,
+        room: int | None = None,
     ) -> None:
         self.to_broker = Direction()
         self.to_daemon = Direction()
         self.upstream = (upstream_host, upstream_port)
         self.accepted = 0
         """How many connections have been taken so far."""
+        self.room = room
+        """How many are taken at all. Those beyond find a queue that is full: nothing refuses and nothing answers."""
         self._random = random.Random(seed)
         self._refusing = False
         self._closing = False
@@ -125,12 +134,19 @@ class Proxy:
         self.close()
 
     def _listen(self) -> None:
+        crowd: list[socket.socket] = []
         while not self._closing:
+            while self.room is not None and self.accepted >= self.room and not self._closing:
+                time.sleep(0.005)
+            while crowd:
+                crowd.pop().close()
             try:
                 near, _ = self._listener.accept()
             except OSError:
                 return
             self.accepted += 1
+            if self.accepted == self.room:
+                crowd = self._crowd()
             if self._refusing:
                 _end(near, abruptly=True)
                 continue
@@ -151,6 +167,15 @@ class Proxy:
                 self._pairs.append(pair)
             for source, target, direction in ((near, far, self.to_broker), (far, near, self.to_daemon)):
                 threading.Thread(target=self._carry, args=(pair, source, target, direction), daemon=True).start()
+
+    def _crowd(self) -> list[socket.socket]:
+        """Connections that fill the queue of those that nobody has taken yet."""
+        self._listener.listen(0)
+        crowd = [socket.socket() for _ in range(3)]
+        for waiting in crowd:
+            waiting.setblocking(False)
+            waiting.connect_ex(("127.0.0.1", self.port))
+        return crowd
 
     def _shorten(self, end: socket.socket) -> None:
         if self._buffer_bytes is not None:

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -356,6 +357,24 @@ def test_an_unreachable_broker_is_named(kind: Kind) -> None:
 
     with pytest.raises(BrokerError, match=rf"127\.0\.0\.1:{port} cannot be reached: Connection refused"):
         kind.transport().open(ConnectOptions("127.0.0.1", port, "c"), timeout_s=2)
+
+
+def test_a_broker_is_reached_beside_a_connection(kind: Kind, connect: Connect) -> None:
+    """`reach`, on another thread, waits in place of `open` and leaves the connection of now alone; what it reached can
+    be opened at once. Where nobody is, it raises as `open` does."""
+    driver = connect("one", "t")
+    with ThreadPoolExecutor(1) as other:
+        reached = other.submit(kind.transport().reach, driver.options, timeout_s=5).result()
+        driver.transport.publish(Message("t", b"still here", qos=0))
+        payload = driver.next(Received).message.payload
+        driver.transport.open(driver.options, timeout_s=5, reached=reached)
+        event = driver.next(Connected)
+        kind.broker.kill()
+        with pytest.raises(BrokerError):
+            other.submit(driver.transport.reach, driver.options, timeout_s=5).result()
+
+    assert b"still here" == payload
+    assert isinstance(event, Connected)
 
 
 def test_the_will_is_published_when_the_connection_is_lost(kind: Kind, connect: Connect) -> None:

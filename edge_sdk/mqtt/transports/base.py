@@ -11,7 +11,7 @@ reconnect, what to resend, which acknowledgement may go out, how many messages m
 
 Rules every transport keeps, and the contract suite (tests/transports) checks:
 
-* One thread owns it. Only `wake` may be called from another: it makes a `poll` in progress return.
+* One thread owns it. Only `wake` and `reach` may be called from another. `wake` makes a `poll` in progress return.
 * `poll` returns when something happened, at `timeout_s`, or when woken; it hands out *everything* that can be read
   without waiting (up to a bound), so that requests which waited together can be answered together. It never raises for
   what the network does: that is a Closed event, the last of its connection.
@@ -189,14 +189,25 @@ class Closed:
 Event = Union[Connected, Refused, Received, Acknowledged, Subscribed, Closed]
 
 
+class Reached(Protocol):
+    """The way to a broker, before anything was said. It is given to `open`, or closed."""
+
+    def close(self) -> None: ...
+
+
 class Transport(Protocol):
     """One MQTT connection at a time. See the module for the rules."""
 
-    def open(self, options: ConnectOptions, *, timeout_s: float) -> None:
+    def open(self, options: ConnectOptions, *, timeout_s: float, reached: Reached | None = None) -> None:
         """Connect the socket and send CONNECT; Connected, Refused or Closed follows from `poll` by the same time-out.
 
-        Raises BrokerError if the address cannot be reached in time, naming it and saying what to check.
+        Raises BrokerError if the address cannot be reached in time, naming it and saying what to check. `reached` is
+        what a transport of this kind reached with the same options: then nothing is waited for.
         """
+        ...
+
+    def reach(self, options: ConnectOptions, *, timeout_s: float) -> Reached:
+        """All of `open` that waits, and nothing that changes the transport. From any thread; raises as `open` does."""
         ...
 
     def poll(self, timeout_s: float) -> Sequence[Event]: ...

@@ -35,6 +35,7 @@ from edge_sdk.mqtt.transports.base import (
     Event,
     Message,
     MqttVersion,
+    Reached,
     Received,
     Refused,
     Subscribed,
@@ -135,9 +136,12 @@ class MemoryBroker:
 
     # ------------------------------------------------------------------------------- called by transports, locked
 
-    def _connect(self, transport: MemoryTransport, options: ConnectOptions) -> None:
+    def _check_running(self) -> None:
         if not self._running:
             raise BrokerError("The broker in memory is stopped.", fix="Call its start().")
+
+    def _connect(self, transport: MemoryTransport, options: ConnectOptions) -> None:
+        self._check_running()
         if options.version not in self.versions:
             transport._deliver(Refused(UNSUPPORTED_VERSION, "Unsupported protocol version"))
             return
@@ -286,6 +290,13 @@ class MemoryBroker:
         return codes
 
 
+class _Reached:
+    """The way to a broker in memory is no way at all."""
+
+    def close(self) -> None:
+        pass
+
+
 class MemoryTransport:
     """One connection at a time to a MemoryBroker; see `edge_sdk.mqtt.transports.base` for what is promised."""
 
@@ -302,7 +313,12 @@ class MemoryTransport:
         self._attended: MemoryTransport | None = None
         self._attendant: MemoryTransport | None = None
 
-    def open(self, options: ConnectOptions, *, timeout_s: float) -> None:
+    def reach(self, options: ConnectOptions, *, timeout_s: float) -> Reached:
+        with self._broker._lock:
+            self._broker._check_running()
+        return _Reached()
+
+    def open(self, options: ConnectOptions, *, timeout_s: float, reached: Reached | None = None) -> None:
         with self._broker._lock:
             self._leave(send_will=True)
             self._connection += 1

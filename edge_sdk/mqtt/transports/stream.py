@@ -28,6 +28,7 @@ from edge_sdk.mqtt.transports.base import (
     ConnectOptions,
     Event,
     Message,
+    Reached,
     Received,
     Refused,
     Subscribed,
@@ -141,7 +142,12 @@ class StreamTransport:
 
     # ------------------------------------------------------------------------------------------------ connection
 
-    def open(self, options: ConnectOptions, *, timeout_s: float) -> None:
+    def reach(self, options: ConnectOptions, *, timeout_s: float) -> Pipe:
+        return open_pipe(options, timeout_s)
+
+    def open(self, options: ConnectOptions, *, timeout_s: float, reached: Reached | None = None) -> None:
+        if reached is not None and not isinstance(reached, Pipe):
+            raise TypeError("A transport on streams can only go on with a pipe.")
         self._drop()
         self._events.clear()
         self._outbox.clear()
@@ -152,7 +158,7 @@ class StreamTransport:
         self._packet_id = FIRST_PUBLISH_ID - 1
 
         self._give_up_at = time.monotonic() + timeout_s
-        self._pipe = open_pipe(options, timeout_s)
+        self._pipe = open_pipe(options, timeout_s) if reached is None else reached
         self._selector.register(self._pipe, selectors.EVENT_READ)
         self._more = not self._pipe.tells_empty  # a handshake may have read what came behind it
         self._keepalive_s = options.keepalive_s
