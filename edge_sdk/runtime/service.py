@@ -133,7 +133,7 @@ class Service:
         if self._recorder.quarantine:
             from edge_sdk.runtime.solitary import Solitary
 
-            self._solitary = Solitary(self._recorder, on_answer=self._finish, on_change=on_change)
+            self._solitary = Solitary(self._recorder, limits=limits, on_answer=self._finish, on_change=on_change)
         # Both are replaced as a whole and never changed, so readers need no lock.
         self._models: dict[Key, ServedModel] = {}
         self._by_name: dict[str, list[ServedModel]] = {}
@@ -296,10 +296,11 @@ class Service:
     def memory(self) -> dict[str, Any]:
         """Who holds what, in bytes; JSON-ready."""
         models = self.models()
+        alone_bytes = 0 if self._solitary is None else self._solitary.waiting_bytes
         return {
             **self._residence.snapshot(),
             "refusals": sum(model.called_in_vain for model in models),
-            "queue_bytes": sum(model.waiting_bytes for model in models),
+            "queue_bytes": sum(model.waiting_bytes for model in models) + alone_bytes,
         }
 
     def stop(self, limit_s: float) -> bool:

@@ -2,19 +2,23 @@
 
 Only so does a second crash name the one that did it. The rest of the daemon goes on meanwhile: the network is read, and
 whoever asks waits for as long as the suspect takes. Only a process that starts after a crash has any of this.
+
+As many suspects wait as requests may wait for one model. Beyond that, each is told when to come back.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from edge_sdk.errors import InferenceFailed, RequestError
+from edge_sdk.errors import InferenceFailed, QueueFull, RequestError
+from edge_sdk.runtime.batching import QueueLimits
 from edge_sdk.runtime.messages import Answer, Request
 from edge_sdk.runtime.recorder import FlightRecorder
 
@@ -25,6 +29,8 @@ log = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S = 0.05
 """How often a suspect asks for its model while that is still loading."""
+_NEWS = 0.3
+"""How much of what is expected of the next suspect is what the last one took; more of it while there were few."""
 
 
 class Gate:
@@ -73,6 +79,7 @@ class Solitary:
         self,
         recorder: FlightRecorder,
         *,
+        limits: QueueLimits,
         on_answer: Callable[[Answer], None],
         on_change: Callable[[], None],
     ) -> None:
@@ -80,19 +87,28 @@ class Solitary:
         self.gate = Gate()
         self.refused = 0
         """Requests that were answered with an error because they are barred."""
+        self.waiting_bytes = 0
+        """What the suspects that wait hold, as `limits` count it."""
         self._recorder = recorder
+        self._limits = limits
         self._on_answer = on_answer
         self._on_change = on_change
         self._waiting: deque[tuple[ServedModel, Request]] = deque()
         self._arrived = threading.Condition()
         self._ended = False
+        self._began = math.inf
+        """Since when one is being computed, or waits to be alone."""
+        self._computed = 0
+        self._each_s = _LOOK_AGAIN_S
+        """How long a suspect takes, from those that were computed."""
         self._thread: threading.Thread | None = None
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def takes(self, model: ServedModel, request: Request) -> bool:
-        """Whether `request` is a suspect, and so no longer the caller's. Raises InferenceFailed if it is barred."""
+        """Whether `request` is a suspect, and so no longer the caller's. Raises InferenceFailed if it is barred, and
+        QueueFull, with an honest moment to come back, where it may not wait."""
         quarantine, now = self._recorder.quarantine, time.monotonic()
         match quarantine.verdict(request.key, now):
             case "clear":
@@ -100,14 +116,18 @@ class Solitary:
             case "barred":
                 self.refused += 1
                 raise _barred(model, request, quarantine.ends(request.key), quarantine.barred_s(request.key, now))
-        log.warning("The last process ended while it computed request %d of %s; it is computed alone.",
-                    request.ticket, model.model)  # fmt: skip
         with self._arrived:
+            size = len(request.payload.data)
+            if len(self) >= self._limits.max_requests or self.waiting_bytes + size > self._limits.max_bytes:
+                raise self._full(now)
+            self.waiting_bytes += size
             self._waiting.append((model, request))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="edge-sdk-solitary", daemon=True)
                 self._thread.start()
             self._arrived.notify()
+        log.warning("The last process ended while it computed request %d of %s; it is computed alone.",
+                    request.ticket, model.model)  # fmt: skip
         return True
 
     def snapshot(self) -> dict[str, int]:
@@ -132,10 +152,16 @@ class Solitary:
                 if self._ended:
                     return
                 model, request = self._waiting[0]
+                self._began = began = time.monotonic()
             done = self._compute(model, request)
             with self._arrived:
+                self._began = math.inf
                 self._waiting.popleft()
-                if not done:  # another suspect's model may be there already
+                if done:
+                    self.waiting_bytes -= len(request.payload.data)
+                    self._computed += 1
+                    self._each_s += max(_NEWS, 1 / self._computed) * (time.monotonic() - began - self._each_s)
+                else:  # another suspect's model may be there already
                     self._waiting.append((model, request))
                     self._arrived.wait(_LOOK_AGAIN_S)
             if done:
@@ -155,6 +181,14 @@ class Solitary:
         self._recorder.quarantine.acquit(request.key)
         self._recorder.write_down()
         return True
+
+    def _full(self, now: float) -> QueueFull:
+        each_s = max(self._each_s, now - self._began)  # the one at work may take longer than any before it
+        return QueueFull(
+            f"{len(self)} requests wait to be computed alone, as the last process ended while it computed them.",
+            fix="Try again later.",
+            retry_after_ms=math.ceil(len(self) * each_s * 1000),
+        )
 
 
 def _barred(model: ServedModel, request: Request, ends: int, left_s: float) -> InferenceFailed:

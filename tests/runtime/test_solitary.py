@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from edge_sdk.errors import QueueFull
+from edge_sdk.runtime.batching import QueueLimits
 from edge_sdk.runtime.messages import Answer, Request
 from edge_sdk.runtime.recorder import FlightRecorder
 from edge_sdk.runtime.service import Service
@@ -23,7 +25,9 @@ SLOW_S = 0.3
 class Served:
     """A service that starts after processes which ended with the keys `crashed`, each as often as it is named."""
 
-    def __init__(self, folder: Path, *crashed: int, inline_ms: float = 0.0) -> None:
+    def __init__(
+        self, folder: Path, *crashed: int, inline_ms: float = 0.0, limits: QueueLimits = QueueLimits()
+    ) -> None:
         make_package(folder / "double", scaling(), name="double")
         odd = misbehaving([{"do": "sleep", "seconds": SLOW_S, "when": 5.0}, {"do": "raise", "when": 9.0}])
         make_package(folder / "odd", odd, name="odd", backend="reference")
@@ -36,6 +40,7 @@ class Served:
             folder,
             on_answer=self._take,
             on_change=lambda: None,
+            limits=limits,
             inline_ms=inline_ms,
             building=False,
             recorder=self.recorder,
@@ -70,8 +75,8 @@ Serve = Callable[..., Served]
 def serve(tmp_path: Path) -> Iterator[Serve]:
     made: list[Served] = []
 
-    def make(*crashed: int, inline_ms: float = 0.0) -> Served:
-        made.append(Served(tmp_path / str(len(made)), *crashed, inline_ms=inline_ms))
+    def make(*crashed: int, inline_ms: float = 0.0, limits: QueueLimits = QueueLimits()) -> Served:
+        made.append(Served(tmp_path / str(len(made)), *crashed, inline_ms=inline_ms, limits=limits))
         return made[-1]
 
     yield make
@@ -121,6 +126,30 @@ def test_a_suspect_that_merely_fails_is_acquitted(serve: Serve) -> None:
 
     assert 500 == place.answer(place.submit(9.0, key=1)).status
     assert not place.recorder.quarantine
+
+
+SIZE = len(request(5.0).payload.data)
+
+
+@pytest.mark.parametrize("limits", [QueueLimits(2), QueueLimits(max_bytes=2 * SIZE)], ids=["requests", "bytes"])
+def test_no_more_suspects_wait_than_may(serve: Serve, limits: QueueLimits) -> None:
+    """Who may not is told when to come back, which is when those before him are computed; and then he may."""
+    place = serve(1, 2, 3, 4, limits=limits)
+    first = place.answer(place.submit(5.0, key=1))
+    waiting = [place.submit(5.0, key=2), place.submit(5.0, key=3)]
+    held_bytes = place.service.memory()["queue_bytes"]
+    refused = place.answers[place.submit(5.0, key=4).ticket].result
+    found = [place.doubled(each) for each in waiting]
+    again = place.doubled(place.submit(5.0, key=4))
+
+    assert 200 == first.status
+    assert 2 * SIZE == held_bytes
+    assert isinstance(refused, QueueFull)
+    assert refused.retryable
+    assert refused.retry_after_ms is not None
+    assert 1.9 * SLOW_S < refused.retry_after_ms / 1000 < 20 * SLOW_S
+    assert [10.0, 10.0, 10.0] == [*found, again]
+    assert 0 == place.service.memory()["queue_bytes"]
 
 
 def test_a_suspect_of_no_model_is_answered(serve: Serve) -> None:
