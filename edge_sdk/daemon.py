@@ -277,14 +277,13 @@ class Daemon:
     def _take(self, event: Received, session: Session, now: float, *, taking: bool) -> None:
         """A message: a request for the service, or something to be acknowledged and forgotten."""
         message = event.message
-        address = self._topics.parse_infer(message.topic)
-        if (address is None or address.client == OWN) and self._echo.owns(message.topic):
+        envelope = self._codec.envelope(message)
+        if (envelope is None or envelope.client == OWN) and self._echo.owns(message.topic):
             self._hear_echo(event, now)
             return
-        if address is None and self._control is not None and self._control.take(event, now):
+        if envelope is None and self._control is not None and self._control.take(event, now):
             return
-        route = None if address is None or message.retain else self._codec.route(message, address)
-        if address is None or route is None:
+        if envelope is None or message.retain:
             # A retained request is an old one; one we may not answer would make us write where its sender may not.
             self._note_unroutable(message, now)
             session.answered(session.received(event, None, now).ticket, None, now)
@@ -292,6 +291,7 @@ class Daemon:
         if event.packet_id is None and session.unsent >= MAX_UNSENT:
             self._account.dropped += 1
             return
+        route = self._codec.route(message, envelope)
         intake = session.received(event, route, now)
         if intake.fate in ("joined", "replayed"):
             return
@@ -306,8 +306,8 @@ class Daemon:
             if intake.fate == "reused":
                 raise IdReused("This id was used before, with another payload.", fix="Give each request its own.")
             if self._rates is not None:
-                self._check_rate(self._rates, self._codec.client(message, address), now)
-            request = self._codec.request(event, address, intake.ticket, now, self._key(message, route))
+                self._check_rate(self._rates, envelope.client, now)
+            request = self._codec.request(event, envelope, intake.ticket, now, self._key(message, route))
         except RequestError as exc:
             self._answers.append(Answer(intake.ticket, exc))
             return

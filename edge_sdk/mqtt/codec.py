@@ -4,12 +4,17 @@ What MQTT 5 carries in properties and MQTT 3.1.1 in the topic ends here: the run
 session a route. Errors are always JSON in the Open Inference Protocol's form, with our code beside it:
 
     {"error": "text for a person", "code": "queue_full", "status": 429, "id": "...", "retryable": true}
+
+A client says the same around each of its requests: topics, content type, user properties. So what that means is found
+out once, as an `Envelope` and as what it `_Said`, and kept for the next one; bounded, and only where it is short.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 from edge_sdk.errors import Malformed, RequestError, TooLarge, UnsupportedType
 from edge_sdk.mqtt.session import ReplyRoute
@@ -29,6 +34,33 @@ TOLD_MS = 0.05
 MAX_CORRELATION = 128
 """Bytes of correlation data that are echoed."""
 
+_OK = ("status", "200")
+
+_KEPT = 256
+"""Envelopes, and as many of what is said besides; when there are more, all are forgotten."""
+_SHORT, _FEW = 512, 16
+"""Characters and user properties of what is kept, at most: a client may send as many as a packet holds."""
+
+
+class Envelope(NamedTuple):
+    """What the topics of a request say: whom it asks, who asks, and where the answer goes."""
+
+    address: InferTopic
+    reply_topic: str
+    client: str
+    """Who asks, as far as that can be told."""
+
+
+class _Said(NamedTuple):
+    """What a request's content type and user properties say."""
+
+    content_type: str | None
+    header_length: int | None
+    accept: str | None
+    sequence: SequencePart | None
+    version: str | None
+    priority: int
+
 
 @dataclass(frozen=True)
 class Codec:
@@ -42,64 +74,92 @@ class Codec:
     qos: Literal[0, 1] = 1
     """Of answers."""
 
-    def route(self, message: Message, address: InferTopic) -> ReplyRoute | None:
-        """Where the answer goes; None if the request names a topic that we must not write to."""
-        properties = message.properties
-        if properties.response_topic is not None:
-            if not self.topics.may_reply_to(properties.response_topic, self.reply_prefixes):
-                return None
-            identifies = properties.correlation_data is not None
-            return ReplyRoute(properties.response_topic, properties.correlation_data, identifies)
-        topic = self.topics.result(address)
-        if len(topic.encode()) > MAX_RESPONSE_TOPIC_BYTES:
+    _envelopes: dict[tuple[str, str | None], Envelope] = field(default_factory=dict, repr=False, compare=False)
+    _said: dict[tuple[str | None, tuple[tuple[str, str], ...]], _Said] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def envelope(self, message: Message) -> Envelope | None:
+        """What the topics of a request say; None for what is none, or names a topic that we must not write to."""
+        topics = (message.topic, message.properties.response_topic)
+        return self._envelopes.get(topics) or self._read_envelope(*topics)
+
+    def _read_envelope(self, topic: str, response_topic: str | None) -> Envelope | None:
+        if (address := self.topics.parse_infer(topic)) is None:
             return None
-        identifies = address.client is not None or properties.correlation_data is not None
-        return ReplyRoute(topic, properties.correlation_data, identifies)
+        if response_topic is None:
+            reply_topic = self.topics.result(address)
+            if len(reply_topic.encode()) > MAX_RESPONSE_TOPIC_BYTES:
+                return None
+        elif self.topics.may_reply_to(response_topic, self.reply_prefixes):
+            reply_topic = response_topic
+        else:
+            return None
+        envelope = Envelope(address, reply_topic, address.client or self.topics.client_of(response_topic))
+        if address.number is None and len(topic) + len(reply_topic) <= _SHORT:  # a number comes but once
+            if len(self._envelopes) >= _KEPT:
+                self._envelopes.clear()
+            self._envelopes[topic, response_topic] = envelope
+        return envelope
 
-    def client(self, message: Message, address: InferTopic) -> str:
-        """Who asks, as far as the message tells."""
-        return address.client or self.topics.client_of(message.properties.response_topic)
+    def route(self, message: Message, envelope: Envelope) -> ReplyRoute:
+        """Where the answer goes."""
+        data = message.properties.correlation_data
+        return ReplyRoute(envelope.reply_topic, data, data is not None or envelope.address.client is not None)
 
-    def request(self, received: Received, address: InferTopic, ticket: int, now: float, key: int = 0) -> Request:
+    def request(self, received: Received, envelope: Envelope, ticket: int, now: float, key: int = 0) -> Request:
         """The request in a message; raises Malformed, TooLarge or UnsupportedType. `key` as in Request."""
-        message, properties = received.message, received.message.properties
-        payload_bytes = received.skipped_bytes or len(message.payload)
+        message = received.message
+        payload, properties, address = message.payload, message.properties, envelope.address
+        payload_bytes = received.skipped_bytes or len(payload)
         if payload_bytes > self.max_payload_bytes:
             raise TooLarge(f"The payload has {payload_bytes:,} bytes; this device takes {self.max_payload_bytes:,}.")
-        if properties.correlation_data is not None and not 0 < len(properties.correlation_data) <= MAX_CORRELATION:
-            raise Malformed(
-                f"The correlation data has {len(properties.correlation_data)} bytes; 1 to {MAX_CORRELATION} are taken."
-            )
-        timeout_s = self.timeout_s if properties.message_expiry_s is None else float(properties.message_expiry_s)
+        data = properties.correlation_data
+        if data is not None and not 0 < len(data) <= MAX_CORRELATION:
+            raise Malformed(f"The correlation data has {len(data)} bytes; 1 to {MAX_CORRELATION} are taken.")
+        said = self._said.get((properties.content_type, properties.user)) or self._read_said(properties)
+        expiry_s = properties.message_expiry_s
         return Request(
-            ticket=ticket,
-            model=address.model,
-            version=address.version or properties.user_value("model-version"),
-            payload=Payload(
-                message.payload,
-                _media_type(properties.content_type),
-                _header_length(properties.user_value(HEADER_LENGTH)),
-                _media_type(properties.user_value("accept")),
-                _sequence(properties) if properties.user else None,
-            ),
-            received=now,
-            deadline=now + timeout_s,
-            client=self.client(message, address),
-            priority=_priority(properties.user_value("priority")),
-            id=address.number or properties.correlation_data,
-            key=key,
+            ticket,
+            address.model,
+            Payload(payload, said.content_type, said.header_length, said.accept, said.sequence),
+            now,
+            now + (self.timeout_s if expiry_s is None else expiry_s),
+            address.version or said.version,
+            envelope.client,
+            said.priority,
+            address.number or data,
+            key,
         )
+
+    def _read_said(self, properties: Properties) -> _Said:
+        user = dict(reversed(properties.user))  # the first of a name counts
+        said = _Said(
+            _media_type(properties.content_type),
+            _header_length(user.get(HEADER_LENGTH)),
+            _media_type(user.get("accept")),
+            _sequence(user),
+            user.get("model-version"),
+            _priority(user.get("priority")),
+        )
+        length = len(properties.content_type or "") + sum([len(name) + len(value) for name, value in properties.user])
+        if length <= _SHORT and len(properties.user) <= _FEW:
+            if len(self._said) >= _KEPT:
+                self._said.clear()
+            self._said[properties.content_type, properties.user] = said
+        return said
 
     def message(self, answer: Answer, route: ReplyRoute, remaining_s: float) -> Message:
         """The PUBLISH that carries `answer`; `remaining_s` is what is left until the request's deadline."""
         result = answer.result
-        body = self._error_body(result, route) if isinstance(result, RequestError) else result
-        user = [("status", str(answer.status))]
+        if isinstance(result, RequestError):
+            body, user = self._error_body(result, route), [("status", str(result.status))]
+        else:
+            body, user = result, [_OK]
         if answer.model_version is not None:
             user.append(("model-version", answer.model_version))
-        user += [("device", self.topics.device), ("boot-id", self.boot_id)]
-        if answer.timing is not None:
-            timing = answer.timing
+        user += self._signature
+        if (timing := answer.timing) is not None:
             said = f"queue;dur={timing.queue_ms:.2f}, infer;dur={timing.infer_ms:.2f}"
             if timing.decode_ms >= TOLD_MS:
                 said += f", decode;dur={timing.decode_ms:.2f}"
@@ -112,17 +172,13 @@ class Codec:
             user.append((HEADER_LENGTH, str(body.header_length)))
         if isinstance(result, RequestError) and result.retry_after_ms is not None:
             user.append(("retry-after", str(result.retry_after_ms)))
-        return Message(
-            route.topic,
-            body.data,
-            qos=self.qos,
-            properties=Properties(
-                correlation_data=route.correlation_data,
-                content_type=body.content_type,
-                message_expiry_s=max(1, round(remaining_s)),
-                user=tuple(user),
-            ),
-        )
+        expiry_s = max(1, round(remaining_s))
+        properties = Properties(None, route.correlation_data, body.content_type, expiry_s, tuple(user))
+        return Message(route.topic, body.data, self.qos, False, properties)
+
+    @cached_property
+    def _signature(self) -> tuple[tuple[str, str], ...]:
+        return (("device", self.topics.device), ("boot-id", self.boot_id))
 
     def too_large(self, answer: Message, limit: int) -> Message:
         """What is sent in place of an answer that the broker would not take."""
@@ -183,11 +239,11 @@ def _priority(text: str | None) -> int:
     return int(text)
 
 
-def _sequence(properties: Properties) -> SequencePart | None:
+def _sequence(user: Mapping[str, str]) -> SequencePart | None:
     """The part of a sequence that a request says it is; a flag is `1`, or `0` for whoever likes to say so."""
-    if (sequence := properties.user_value(SEQUENCE_ID)) is None:
+    if (sequence := user.get(SEQUENCE_ID)) is None:
         return None
-    start, end, step = (properties.user_value(name) for name in (SEQUENCE_START, SEQUENCE_END, SEQUENCE_STEP))
+    start, end, step = (user.get(name) for name in (SEQUENCE_START, SEQUENCE_END, SEQUENCE_STEP))
     for name, flag in ((SEQUENCE_START, start), (SEQUENCE_END, end)):
         if flag not in (None, "0", "1"):
             raise Malformed(f"`{name}` is {str(flag)[:40]!r}; it is 1, or left out.")

@@ -130,7 +130,7 @@ class SessionCounts:
     """Connections on which the broker had forgotten us, and with us what it had accepted for us."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Job:
     """A request from its arrival to the acknowledgement of everything that asked for it."""
 
@@ -139,7 +139,7 @@ class _Job:
     entries: list[_LedgerEntry] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(slots=True)
 class _LedgerEntry:
     """A message of this connection that has to be acknowledged in its turn."""
 

@@ -76,7 +76,7 @@ class Pipeline(ServedModel):
         self.digest = pipeline.digest
         self.open = 0
         self.open_bytes = 0
-        """Requests that are under way, and the bytes that they brought. Counted with `_changed` held."""
+        """Requests that are under way, and the bytes that they brought. Counted with `_lock` held."""
         self._limits = limits
         self._begin = begin
         self._find = find
@@ -112,7 +112,7 @@ class Pipeline(ServedModel):
                 retry_after_ms=1000 if self.state == "LOADING" else None,
                 retryable=self.state == "LOADING",
             )
-        with self._changed:
+        with self._lock:
             size = len(request.payload.data)
             if self.open >= self._limits.max_requests or self.open_bytes + size > self._limits.max_bytes:
                 raise QueueFull(f"The pipeline {self.model} has {self.open} requests under way.", retry_after_ms=100)
@@ -122,7 +122,7 @@ class Pipeline(ServedModel):
 
     def finish(self, request: Request, answer: Answer) -> None:
         """The answer to a request that was begun."""
-        with self._changed:
+        with self._lock:
             self.open -= 1
             self.open_bytes -= len(request.payload.data)
         self._finish(answer._replace(model_version=self.version))

@@ -121,7 +121,8 @@ class ServedModel:
         self._recorder = recorder or FlightRecorder()
         self._gate = gate
         self._flights: deque[Flight] = deque()  # of the worker in use, in the order in which they were started
-        self._changed = threading.Condition()  # guards everything below
+        self._lock = threading.RLock()  # guards everything below
+        self._changed = threading.Condition(self._lock)  # held as the lock: that costs a request a third
         self._newest_wins = newest_wins
         self._planner = BatchPlanner(1, limits=limits, newest_wins=newest_wins and not stateful, in_order=stateful)
         self._decoders = decoders
@@ -183,7 +184,7 @@ class ServedModel:
     @property
     def calls(self) -> bool:
         """Whether requests wait for a worker that is out of memory."""
-        with self._changed:
+        with self._lock:
             return self.is_absent and self._has_any_waiting
 
     @property
@@ -216,7 +217,7 @@ class ServedModel:
 
     def submit(self, request: Request) -> None:
         """Queue a request, also while the model is still loading; raises QueueFull or Unavailable."""
-        with self._changed:
+        with self._lock:
             if self._worker is None:
                 self._call_worker(request)
             displaced = self._planner.offer(request, self._clock())
@@ -247,7 +248,7 @@ class ServedModel:
 
         Whether it is gone, goes when what is being computed is done, or stays. Those that wait call for it again.
         """
-        with self._changed:
+        with self._lock:
             worker = self._worker
             if worker is None or self._retired or self.state != "READY":
                 return "stays"
@@ -264,7 +265,7 @@ class ServedModel:
 
     def give_up_hopeless(self, expected_s: float) -> bool:
         """Answer 503 to those that cannot wait so long for the worker; whether any is left that can."""
-        with self._changed:
+        with self._lock:
             hopeless = self._expired(self._clock() + expected_s) if self._worker is None else ()
             left = self._has_any_waiting
         for request in hopeless:
@@ -273,7 +274,7 @@ class ServedModel:
 
     def put_in_service(self, worker: Worker, *, quick: bool, reason: str = "") -> None:
         """Let `worker` compute from the next batch on. `reason` is why it is not as good as it might be."""
-        with self._changed:
+        with self._lock:
             leaving: Worker | None = worker  # unless the service stopped while it loaded
             if not self._retired:
                 leaving, self._worker, self._known = self._worker, worker, _Known.of(worker)
@@ -313,7 +314,7 @@ class ServedModel:
 
     def note_building(self, worker: Worker, percent: int) -> None:
         """Say that a better engine than `worker`'s is being built, and how much of it is done."""
-        with self._changed:
+        with self._lock:
             if self._worker is worker:
                 self.state, self.progress_percent = "BUILDING", percent
                 self.reason = (
@@ -323,14 +324,14 @@ class ServedModel:
 
     def note_not_built(self, worker: Worker, reason: str) -> None:
         """Say why there is no better engine than `worker`'s, which goes on."""
-        with self._changed:
+        with self._lock:
             if self._worker is worker:
                 self.state, self.reason, self.progress_percent = "READY", reason, None
 
     def fail(self, reason: str) -> None:
         """Note that a package did not load. An older one that serves goes on serving, unless it is out of memory: its
         files are what did not load, or are in their place."""
-        with self._changed:
+        with self._lock:
             self.reason, self.progress_percent = reason, None
             self.state = "READY" if self._worker is not None else "UNAVAILABLE"
             self._known = self._known if self._worker is not None else None
@@ -340,7 +341,7 @@ class ServedModel:
 
     def retire(self) -> None:
         """Take the model out of service: what waits is answered 503, what is being computed is finished."""
-        with self._changed:
+        with self._lock:
             self._retired = True
             orphans = self._everything_waiting()
             leaving, self._worker, self._known = self._worker, None, None
@@ -359,7 +360,7 @@ class ServedModel:
         """When the next batch is due; None while nothing waits."""
         if self._gate is not None and self._gate.closed:
             return None
-        with self._changed:
+        with self._lock:
             return self._due_at(self._clock()) if self._worker is not None else None
 
     def run_once(self) -> bool:
@@ -371,7 +372,7 @@ class ServedModel:
 
         Raises DeadlineExceeded or Unavailable where it is not worth waiting for.
         """
-        with self._changed:
+        with self._lock:
             if (now := self._clock()) >= request.deadline:
                 raise self._late(request, now)
             if self._lost:
@@ -385,13 +386,13 @@ class ServedModel:
 
         Raises as `has_worker_for` does.
         """
-        with self._changed:
+        with self._lock:
             if not self.has_worker_for(request) or (worker := self._worker) is None:
                 return False
             self._using = worker
         limit_s = _ALONE_S + _ALONE_BATCHES * worker.batch_s
         self._compute(worker, [request], _NOTHING, self._clock(), more=False, limit_s=limit_s)
-        with self._changed:
+        with self._lock:
             self._changed.notify()  # our thread has waited for this one to be done
         return not self._lost
 
@@ -408,7 +409,7 @@ class ServedModel:
 
     def _run(self, *, more: bool) -> bool:
         """As `run_once`; with `more`, go on as long as another batch is due before the last one is computed."""
-        with self._changed:
+        with self._lock:
             if self._using is not None:
                 return False
             worker, now = self._worker, self._clock()
@@ -500,7 +501,7 @@ class ServedModel:
         """The next batch for a worker that has one on its way; none once it was swapped or retired."""
         if self._gate is not None and self._gate.closed:
             return (), _NOTHING
-        with self._changed:
+        with self._lock:
             if self._worker is not worker:
                 return (), _NOTHING
             now = self._clock()
@@ -509,7 +510,7 @@ class ServedModel:
         return plan.batch, decoded
 
     def _release(self, worker: Worker) -> None:
-        with self._changed:
+        with self._lock:
             self._using = None
             leaves = self._worker is not worker  # swapped or retired meanwhile: ours to close
             if leaves:
@@ -524,7 +525,7 @@ class ServedModel:
     def _work(self) -> None:
         """The life of the thread of a model that is not quick."""
         while True:
-            with self._changed:
+            with self._lock:
                 while not self._ended and (pause := self._pause_s()) != 0.0:
                     self._changed.wait(pause)
                 if self._ended:

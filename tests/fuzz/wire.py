@@ -246,12 +246,11 @@ def request_seed(
 def requests(data: bytes) -> None:
     """A request or a RequestError; either way an answer that a packet can carry, and that the client reads."""
     message = message_of(Pieces(data))
-    address = TOPICS.parse_infer(message.topic)
-    route = None if address is None else CODEC.route(message, address)
-    if address is None or route is None:
+    if (envelope := CODEC.envelope(message)) is None:
         return
+    route = CODEC.route(message, envelope)
     try:
-        request: Request | RequestError = CODEC.request(Received(message, 1, False, 1), address, 5, 100.0)
+        request: Request | RequestError = CODEC.request(Received(message, 1, False, 1), envelope, 5, 100.0)
     except RequestError as exc:
         request = exc
     if isinstance(request, Request):

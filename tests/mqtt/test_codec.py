@@ -18,7 +18,7 @@ from edge_sdk.errors import (
     TooLarge,
     UnsupportedType,
 )
-from edge_sdk.mqtt.codec import HEADER_LENGTH, MAX_CORRELATION, Codec
+from edge_sdk.mqtt.codec import HEADER_LENGTH, MAX_CORRELATION, Codec, Envelope
 from edge_sdk.mqtt.session import ReplyRoute
 from edge_sdk.mqtt.topics import InferTopic, Topics
 from edge_sdk.mqtt.transports.base import Message, Properties, Received
@@ -49,7 +49,8 @@ def message(payload: bytes = b"{}", *user: tuple[str, str], **properties: Any) -
 
 
 def request_of(sent: Message, address: InferTopic = ADDRESS, *, now: float = 0.0, skipped_bytes: int = 0) -> Request:
-    return CODEC.request(Received(sent, 1, False, 1, skipped_bytes), address, 9, now)
+    envelope = Envelope(address, "edge/v1/reply/me", address.client or "me")
+    return CODEC.request(Received(sent, 1, False, 1, skipped_bytes), envelope, 9, now)
 
 
 def error_of(answer: Message) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def test_what_cannot_be_taken_is_said(sent: Message, expected: type[RequestError
     with pytest.raises(expected):
         request_of(sent)
 
-    assert CODEC.route(sent, ADDRESS) is not None
+    assert CODEC.envelope(sent) is not None
 
 
 def test_a_packet_that_was_not_read_is_too_large() -> None:
@@ -132,30 +133,51 @@ def test_any_message_is_a_request_or_refused(sent: Message) -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "properties", "expected"),
+    ("tail", "properties", "expected"),
     [
-        (
-            ADDRESS,
-            {"response_topic": "edge/v1/reply/me", "correlation_data": b"7"},
-            ReplyRoute("edge/v1/reply/me", b"7"),
-        ),
-        (ADDRESS, {"response_topic": "edge/v1/reply/me"}, ReplyRoute("edge/v1/reply/me", None, identifies=False)),
-        (ADDRESS, {"response_topic": "plant/a"}, ReplyRoute("plant/a", None, identifies=False)),
-        (ADDRESS, {}, ReplyRoute("edge/v1/dev/models/m/result", None, identifies=False)),
-        (ADDRESS, {"correlation_data": b"7"}, ReplyRoute("edge/v1/dev/models/m/result", b"7")),
-        (InferTopic("m", client="c", number="1"), {}, ReplyRoute("edge/v1/dev/models/m/result/c/1")),
-        (ADDRESS, {"response_topic": "edge/v1/other/models/m/infer"}, None),
-        (ADDRESS, {"response_topic": "edge/v1/reply/+"}, None),
-        (ADDRESS, {"response_topic": "$SYS/x"}, None),
-        (ADDRESS, {"response_topic": "edge/v1/reply/" + "x" * 60_000}, None),
-        (ADDRESS, {"response_topic": ""}, None),
-        (InferTopic("m" * 60_000), {}, None),
+        ("m/infer", {"response_topic": "edge/v1/reply/me", "correlation_data": b"7"}, ROUTE),
+        ("m/infer", {"response_topic": "edge/v1/reply/me"}, ReplyRoute("edge/v1/reply/me", None, identifies=False)),
+        ("m/infer", {"response_topic": "plant/a"}, ReplyRoute("plant/a", None, identifies=False)),
+        ("m/infer", {}, ReplyRoute("edge/v1/dev/models/m/result", None, identifies=False)),
+        ("m/infer", {"correlation_data": b"7"}, ReplyRoute("edge/v1/dev/models/m/result", b"7")),
+        ("m/infer/c/1", {}, ReplyRoute("edge/v1/dev/models/m/result/c/1")),
+        ("m/infer", {"response_topic": "edge/v1/other/models/m/infer"}, None),
+        ("m/infer", {"response_topic": "edge/v1/reply/+"}, None),
+        ("m/infer", {"response_topic": "$SYS/x"}, None),
+        ("m/infer", {"response_topic": "edge/v1/reply/" + "x" * 60_000}, None),
+        ("m/infer", {"response_topic": ""}, None),
+        ("m" * 60_000 + "/infer", {}, None),
     ],
 )
-def test_where_an_answer_goes(address: InferTopic, properties: dict[str, Any], expected: ReplyRoute | None) -> None:
+def test_where_an_answer_goes(tail: str, properties: dict[str, Any], expected: ReplyRoute | None) -> None:
     """To an allowed Response Topic, to the topic of MQTT 3.1.1, or nowhere; only an id tells requests apart."""
+    sent = message(**properties)._replace(topic=f"edge/v1/dev/models/{tail}")
 
-    assert expected == CODEC.route(message(**properties), address)
+    for _ in range(2):  # the second time from what was kept
+        envelope = CODEC.envelope(sent)
+
+        assert expected == (None if envelope is None else CODEC.route(sent, envelope))
+
+
+def test_what_is_kept_of_requests_is_bounded() -> None:
+    """Whatever strangers write around their requests, and however much: it is read rightly, and soon forgotten."""
+    codec = Codec(Topics("edge/v1", "dev"), boot_id="b007", max_payload_bytes=100, timeout_s=30.0)
+    for number in range(2_000):
+        user = (("priority", str(number % 10)), ("filler", "x" * (number % 700)), *[("a", "")] * (number % 20))
+        sent = message(b"", *user, response_topic=f"edge/v1/reply/{number}")
+        envelope = codec.envelope(sent)
+        assert envelope is not None
+        request = codec.request(Received(sent, 1, False, 1), envelope, number, 0.0)
+
+        assert (str(number), number % 10) == (request.client, request.priority)
+
+    assert 0 < len(codec._envelopes) <= 256
+    assert 0 < len(codec._said) <= 256
+    assert all(len(user) <= 16 and sum(map(len, sum(user, ()))) <= 512 for _, user in codec._said)
+
+
+def test_of_two_properties_of_a_name_the_first_counts() -> None:
+    assert request_of(message(b"", ("priority", "7"), ("priority", "1"))).priority == 7
 
 
 # Answers
