@@ -4,6 +4,8 @@ A request of zeros goes the way of every request: queue, decoder, the thread tha
 at a time, in turn, and only one that is in memory, that nobody waits for, and that has given no answer for a while. It
 costs at most one part in `_SHARE` of the time. Pure but for the models it looks at; the time is passed in.
 
+What failures show falls with the engine that they are about: once that has left memory, the next one is tested anew.
+
     if (model := tests.choose(models, now)) is not None:
         model.submit(tests.request_for(model, now))
     tests.note(answer, now)
@@ -43,6 +45,18 @@ class _Course:
     failures: int = 0
     answered: int = 0
     """Requests of others that it had answered well when it failed."""
+    engine: float | None = None
+    """Since when the engine that failed is in memory; None: it is not."""
+    digest: str = ""
+    """Of the package that has passed."""
+
+    def follow(self, model: ServedModel) -> None:
+        """Forget what was shown by an engine, or a package, that is not in service any more."""
+        engine = model.since if model.worker is not None else None
+        if engine != self.engine:
+            self.engine, self.failures = engine, 0
+        if model.digest != self.digest:  # zeros may make no sense to another one
+            self.digest, self.has_passed = model.digest, False
 
 
 class SelfTests:
@@ -77,6 +91,7 @@ class SelfTests:
         """Whom to ask now."""
         self._judge(now)
         for each, course in self._courses.items():
+            course.follow(each)
             if course.failures and each.statistics.answers[_WELL] > course.answered:
                 course.failures = 0  # whoever is asked all the time is not left alone, and has shown as much
         if now < self._next_at or self._asked is not None:

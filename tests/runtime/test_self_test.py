@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -102,6 +103,36 @@ def test_who_answers_everybody_else_is_not_ill(start: Start) -> None:
     idle.until(lambda: not idle.service.ailing, "answers", meanwhile=ask)
 
     assert {200} == {answer.status for answer in idle.answers}
+
+
+def test_a_verdict_falls_with_the_engine_it_was_about(start: Start) -> None:
+    """A model that left memory is not ill; the engine that comes back is tested anew, and may fall ill by itself."""
+    idle = start(1000.0)
+    odd = next(model for model in idle.service.models() if model.model == "odd")
+    clock = itertools.count(time.monotonic() + 3600.0)
+    told: list[str] = []
+
+    def look(*, spoilt: bool) -> str:
+        if spoilt:
+            idle.spoil()
+        now = next(clock)
+        idle.service.test_itself(now)
+        idle.service.run_quick()
+        idle.service.test_itself(now)  # what came of it, and nothing new
+        return idle.service.ailing
+
+    eventually(lambda: look(spoilt=False) == "" and idle.service.self_test == "ok", "passed")
+    told.append(eventually(lambda: look(spoilt=True), "noticed"))
+    left = odd.sleep()
+    told.append(look(spoilt=False))
+    idle.service.submit(request(1.0, model="odd", deadline=time.monotonic() + 60))
+    idle.until(lambda: bool(idle.answers), "it is back")
+    told.append(look(spoilt=False))
+    told.append(eventually(lambda: look(spoilt=True), "noticed again"))
+
+    assert "gone" == left
+    assert ["odd/1", "", "", "odd/1"] == told
+    assert [200] == [answer.status for answer in idle.answers]
 
 
 def test_each_model_has_its_turn(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
