@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from edge_sdk import host
@@ -66,13 +66,13 @@ def watched_certificate(access: BrokerAccess) -> ExpiryWatch | None:
     return ExpiryWatch(access.client_cert)
 
 
-def open_health(settings: Settings, *, max_silence_s: float) -> Health | None:
-    """What answers `health`; SettingsError if its port is taken."""
+def open_health(settings: Settings, *, max_silence_s: float, on_asked: Callable[[], None]) -> Health | None:
+    """What answers `health`, and says when it wants figures; SettingsError if its port is taken."""
     if (address := settings.health_address()) is None:
         return None
     from edge_sdk.health import Health
 
-    return Health(address, max_silence_s=max_silence_s)
+    return Health(address, max_silence_s=max_silence_s, on_asked=on_asked)
 
 
 def open_spans(settings: Settings, environment: Mapping[str, str] = os.environ) -> RequestSpans | None:

@@ -150,7 +150,7 @@ class Daemon:
         self._elsewhere: Elsewhere | None = None
         self._rates = client_rates(settings)
         self._journal = open_journal(settings, self._session)
-        self._health = open_health(settings, max_silence_s=HEALTH_PATIENCE_S)
+        self._health = open_health(settings, max_silence_s=HEALTH_PATIENCE_S, on_asked=self._note_scrape)
         self._spans = open_spans(settings)
         host.return_large_pieces()
         flights = settings.flights()
@@ -516,8 +516,9 @@ class Daemon:
             self._look_for_echo(now)
             self._service.test_itself(now)
             if self._health is not None:
-                stats, ready = self._account.stats(now), self._account.is_ready()
-                self._health.update(stats, ready=ready, ailing=self._service.ailing)
+                self._health.update(ready=self._account.is_ready(), ailing=self._service.ailing)
+                if self._health.is_asked:
+                    self._health.tell(self._account.stats(now))
         if now >= self._stats_at:
             self._stats_at = now + self._settings.stats_interval_s
             self._account.look_at_machine()
@@ -652,6 +653,10 @@ class Daemon:
 
     def _note_change(self) -> None:
         self._changed = True
+        self._link.wake()
+
+    def _note_scrape(self) -> None:
+        self._look_at = 0.0
         self._link.wake()
 
     def _end_failed(self, failure: EngineFailed) -> None:

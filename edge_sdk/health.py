@@ -1,18 +1,21 @@
 """What others may ask a daemon over HTTP, on this machine: `/metrics`, `/healthz`, `/readyz`.
 
-    health = Health(("127.0.0.1", 9464), max_silence_s=15)
-    health.update(stats, ready=True)       # at least every few seconds, from the thread whose life is being watched
+    health = Health(("127.0.0.1", 9464), max_silence_s=15, on_asked=...)
+    health.update(ready=True)              # at least every few seconds, from the thread whose life is being watched
+    if health.is_asked:                    # soon after `on_asked`, from that thread
+        health.tell(stats)
     health.close()
 
 `/healthz` is 200 while `update` keeps being called, and every model answers its self-test: it tells whether the daemon
 moves, not whether this thread does.
-`/readyz` is 200 while requests can come in and a model can answer them. `/metrics` is the latest figures in
-Prometheus's text format, and needs the extra `metrics`. What is asked reads only what was handed over last, so a slow
-or hostile reader costs the daemon nothing.
+`/readyz` is 200 while requests can come in and a model can answer them. `/metrics` is the figures in Prometheus's text
+format, and needs the extra `metrics`. They are worked out when somebody asks, which most seconds nobody does, and at
+most once a second: a slow or hostile reader costs the daemon next to nothing.
 """
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 import time
@@ -29,11 +32,14 @@ Stats = Mapping[str, Any]
 
 _TEXT = "text/plain; charset=utf-8"
 _REQUEST_TIMEOUT_S = 5.0
+FRESH_S = 1.0
+"""Figures that are no older are told again."""
+PATIENCE_S = 2.0
+"""How long a reader waits for fresh ones: what was told last says more than nothing."""
 
 
 @dataclass(frozen=True)
 class _State:
-    stats: Stats
     ready: bool
     at: float
     ailing: str = ""
@@ -43,12 +49,28 @@ class Health:
     """Serves from a thread of its own until `close`."""
 
     def __init__(
-        self, address: tuple[str, int], *, max_silence_s: float, clock: Callable[[], float] = time.monotonic
+        self,
+        address: tuple[str, int],
+        *,
+        max_silence_s: float,
+        on_asked: Callable[[], None] = lambda: None,
+        patience_s: float = PATIENCE_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """SettingsError if nothing can listen at `address`. Port 0 takes a free one; `port` tells which."""
+        """SettingsError if nothing can listen at `address`. Port 0 takes a free one; `port` tells which.
+
+        `on_asked` is called on a thread of ours when `is_asked` has become true; it must only take note.
+        """
         self._max_silence_s = max_silence_s
+        self._on_asked = on_asked
+        self._patience_s = patience_s
         self._clock = clock
-        self._state = _State({}, False, clock())
+        self._state = _State(False, clock())
+        self._stats: Stats = {}
+        self._told_at = -math.inf
+        self._told = threading.Condition()  # guards the two above, and `is_asked`
+        self.is_asked = False
+        """Whether somebody waits for the figures of now."""
         try:
             self._server = _Server(address, self)
         except OSError as exc:
@@ -59,9 +81,15 @@ class Health:
         self.port: int = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, name="edge-sdk-health", daemon=True).start()
 
-    def update(self, stats: Stats, *, ready: bool, ailing: str = "") -> None:
-        """Hand over the latest figures; they are not to be changed afterwards. `ailing`: who has stopped answering."""
-        self._state = _State(stats, ready, self._clock(), ailing)
+    def update(self, *, ready: bool, ailing: str = "") -> None:
+        """Say that the daemon moves, and whether it can answer. `ailing`: who has stopped answering."""
+        self._state = _State(ready, self._clock(), ailing)
+
+    def tell(self, stats: Stats) -> None:
+        """Hand over the figures of now; they are not to be changed afterwards."""
+        with self._told:
+            self._stats, self._told_at, self.is_asked = stats, self._clock(), False
+            self._told.notify_all()
 
     def close(self) -> None:
         self._server.shutdown()
@@ -84,8 +112,19 @@ class Health:
             case "/readyz":
                 return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, b"not ready\n"
             case "/metrics":
-                return _exposed(state.stats, ready=alive and state.ready)
+                return _exposed(self._figures(), ready=alive and state.ready)
         return HTTPStatus.NOT_FOUND, _TEXT, b"There are /metrics, /healthz and /readyz.\n"
+
+    def _figures(self) -> Stats:
+        """Those of now; the last ones where the daemon does not tell others in time."""
+        with self._told:
+            if self._clock() - self._told_at <= FRESH_S:
+                return self._stats
+            self.is_asked = True
+        self._on_asked()
+        with self._told:
+            self._told.wait_for(lambda: not self.is_asked, self._patience_s)
+            return self._stats
 
 
 class _Server(ThreadingHTTPServer):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import socket
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 
@@ -93,7 +96,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def health(clock: Clock) -> Iterator[Health]:
-    serving = Health(("127.0.0.1", 0), max_silence_s=15.0, clock=clock)
+    serving = Health(("127.0.0.1", 0), max_silence_s=15.0, patience_s=0.1, clock=clock)
     yield serving
     serving.close()
 
@@ -108,8 +111,8 @@ def get(health: Health, path: str) -> tuple[int, str]:
 
 
 def test_health_is_progress(health: Health, clock: Clock) -> None:
-    """A daemon that has not handed over figures for too long does not move, whatever its other threads say."""
-    health.update(STATS, ready=True)
+    """A daemon that has said nothing for too long does not move, whatever its other threads say."""
+    health.update(ready=True)
 
     assert (200, "ok\n") == get(health, "/healthz")
 
@@ -121,15 +124,15 @@ def test_health_is_progress(health: Health, clock: Clock) -> None:
 def test_ready_is_said_from_the_first_moment_on(health: Health) -> None:
     assert 503 == get(health, "/readyz")[0]
 
-    health.update(STATS, ready=True)
+    health.update(ready=True)
     assert (200, "ready\n") == get(health, "/readyz")
-    health.update(STATS, ready=False)
+    health.update(ready=False)
     assert 503 == get(health, "/readyz")[0]
 
 
 def test_a_model_that_stopped_answering_is_no_health(health: Health) -> None:
     """It is named; requests still come in, and other models answer them."""
-    health.update(STATS, ready=True, ailing="digits/1")
+    health.update(ready=True, ailing="digits/1")
 
     assert (503, "no answer from digits/1\n") == get(health, "/healthz")
     assert 200 == get(health, "/readyz")[0]
@@ -138,7 +141,8 @@ def test_a_model_that_stopped_answering_is_no_health(health: Health) -> None:
 def test_metrics_are_prometheus_text(health: Health) -> None:
     """Read back by Prometheus's own parser: base units, labels, counters."""
     parser = pytest.importorskip("prometheus_client.parser", reason="the extra `metrics` is not installed")
-    health.update(STATS, ready=True)
+    health.tell(STATS)
+    health.update(ready=True)
     status, text = get(health, "/metrics")
     samples = {
         (sample.name, *sorted(sample.labels.values())): sample.value
@@ -163,7 +167,7 @@ def test_metrics_are_prometheus_text(health: Health) -> None:
 def test_metrics_tell_who_holds_what(health: Health) -> None:
     """The box by holder, each model by itself; what was not measured has no sample."""
     parser = pytest.importorskip("prometheus_client.parser", reason="the extra `metrics` is not installed")
-    health.update(STATS, ready=True)
+    health.tell(STATS)
     samples = {
         (sample.name.removeprefix("edge_sdk_"), *sample.labels.values()): sample.value
         for family in parser.text_string_to_metric_families(get(health, "/metrics")[1])
@@ -183,7 +187,7 @@ def test_metrics_tell_who_holds_what(health: Health) -> None:
 def test_metrics_tell_how_the_machine_is(health: Health) -> None:
     """In base units; what it does not tell has no sample."""
     parser = pytest.importorskip("prometheus_client.parser", reason="the extra `metrics` is not installed")
-    health.update(STATS, ready=True)
+    health.tell(STATS)
     samples = {
         (sample.name.removeprefix("edge_sdk_machine_"), *sample.labels.values()): sample.value
         for family in parser.text_string_to_metric_families(get(health, "/metrics")[1])
@@ -208,6 +212,49 @@ def test_before_the_first_figures_there_are_metrics_too(health: Health) -> None:
     assert (200, True) == (get(health, "/metrics")[0], "edge_sdk_ready 0.0" in get(health, "/metrics")[1])
 
 
+def test_figures_are_wanted_when_somebody_asks(clock: Clock) -> None:
+    """And not before, nor again within a second: whoever asks a hundred times a second costs what one does."""
+    pytest.importorskip("prometheus_client", reason="the extra `metrics` is not installed")
+    asked: list[float] = []
+
+    def tell() -> None:
+        asked.append(clock.now)
+        threading.Thread(target=lambda: serving.tell({"uptime_s": clock.now})).start()
+
+    serving = Health(("127.0.0.1", 0), max_silence_s=15.0, on_asked=tell, patience_s=30, clock=clock)
+    with closing(serving):
+        serving.update(ready=True)
+        unasked = list(asked)
+        texts = [get(serving, "/metrics")[1]]
+        clock.now += 0.9
+        texts += [get(serving, "/metrics")[1] for _ in range(3)]
+        clock.now += 0.2
+        texts.append(get(serving, "/metrics")[1])
+
+    assert [] == unasked
+    assert [100.0, clock.now] == asked
+    assert [100.0] * 4 + [clock.now] == [uptime_in(text) for text in texts]
+
+
+def uptime_in(text: str) -> float:
+    (value,) = re.findall(r"^edge_sdk_uptime_seconds (\S+)$", text, re.MULTILINE)
+    return float(value)
+
+
+def test_a_daemon_that_does_not_tell_is_known_by_its_last_figures(health: Health, clock: Clock) -> None:
+    """Nobody waits for it for ever, and it does not look ready."""
+    pytest.importorskip("prometheus_client", reason="the extra `metrics` is not installed")
+    health.tell(STATS)
+    health.update(ready=True)
+    clock.now += 60
+    status, text = get(health, "/metrics")
+
+    assert 200 == status
+    assert "edge_sdk_uptime_seconds 12.5" in text
+    assert "edge_sdk_ready 0.0" in text
+    assert health.is_asked
+
+
 def test_anything_else_is_not_found(health: Health) -> None:
     assert 404 == get(health, "/")[0]
     assert 404 == get(health, "/../etc/passwd")[0]
@@ -223,7 +270,7 @@ def test_a_reader_that_leaves_disturbs_nobody(health: Health) -> None:
     with socket.create_connection(("127.0.0.1", health.port)) as lingering:
         with socket.create_connection(("127.0.0.1", health.port)) as leaving:
             leaving.sendall(b"GET /metr")
-        health.update(STATS, ready=True)
+        health.update(ready=True)
 
         assert 200 == get(health, "/readyz")[0]
         lingering.sendall(b"GET")

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import socket
+import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from edge_sdk.daemon import Daemon
+from edge_sdk.health import Health
 from edge_sdk.mqtt.client import Client
 from edge_sdk.mqtt.transports.base import Message, Properties
+from edge_sdk.mqtt.transports.memory import MemoryBroker
+from edge_sdk.runtime import statistics
+from edge_sdk.settings import load_settings
 from edge_sdk.tasks.oip import decode_response, encode_request
-from tests.brokers import Broker, eventually
+from tests.brokers import Broker, eventually, free_port
 from tests.daemon.processes import running_daemon
 from tests.daemon.test_requests import Wire
 from tests.packages import make_package, misbehaving, scaling
@@ -176,6 +183,59 @@ def test_health_and_metrics(broker: Broker, engines: Path, tmp_path: Path) -> No
 
         assert 200 == get("/healthz")[0]
         assert 503 == get("/readyz")[0]
+
+
+def test_figures_are_computed_when_somebody_asks(
+    engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where `health` is on and nobody looks, no latencies are sorted, second after second. Who scrapes gets the figures
+    of that moment, at once; who scrapes again within a second, the same figures."""
+    pytest.importorskip("prometheus_client", reason="the extra `metrics` is not installed")
+    looks, sorts = Counted(Health.update), Counted(statistics.percentiles)
+    monkeypatch.setattr(Health, "update", lambda *args, **kwargs: looks(*args, **kwargs))
+    monkeypatch.setattr(statistics, "percentiles", sorts)
+    port, broker = free_port(), MemoryBroker()
+    given = {"engines": str(engines), "device": "watched", "health": f"127.0.0.1:{port}", "stats_interval_s": 3600}
+    daemon = Daemon(load_settings(None, given), broker.transport())
+    thread = threading.Thread(target=daemon.run)
+    thread.start()
+    try:
+        with Client("mqtt://memory", device="watched", transport=broker.transport()) as client:
+            client.infer("double", {"x": np.ones((1, 4), np.float32)})
+        before, seen = sorts.calls, looks.calls
+        eventually(lambda: looks.calls >= seen + 2, "the daemon has looked after its house twice")
+        unasked = sorts.calls - before
+        began = time.monotonic()
+        first = scraped(port)
+        took_s, asked = time.monotonic() - began, sorts.calls - before
+        again = scraped(port)
+    finally:
+        daemon.stop()
+        thread.join(30)
+
+    assert 0 == unasked
+    assert 'edge_sdk_answers_total{model="double",status="200",version="1"} 1.0' in first
+    assert asked > 0
+    assert took_s < 1.5
+    assert (first, asked) == (again, sorts.calls - before)
+
+
+class Counted:
+    """A function, and how often it was called."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self.function(*args, **kwargs)
+
+
+def scraped(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=15) as response:
+        text: str = response.read().decode()
+    return text
 
 
 def _listens(port: int) -> bool:
