@@ -19,6 +19,9 @@ from edge_sdk.profiles import DeviceProfile, Machine
 Key = tuple[str, str]
 """Model and version."""
 
+NO_VERSION = "0"
+"""Of a package that cannot say which it is."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -59,6 +62,13 @@ def newest_first(versions: Iterable[str]) -> list[str]:
     return sorted(versions, key=_natural, reverse=True)
 
 
+def called_like(folder: Path) -> str:
+    """What a package is called that cannot say so itself: like its folder, in characters that a topic can carry."""
+    # engines/<name>/build/<profile>, or a package folder called like its model
+    name = folder.parent.parent.name if folder.parent.name == "build" else folder.name
+    return re.sub(r"[^A-Za-z0-9._-]", "-", name)[:64]
+
+
 def _natural(version: str) -> list[tuple[int, int | str]]:
     parts = re.findall(r"\d+|\D+", version)
     return [(1, int(part)) if part.isdigit() else (0, part) for part in parts]
@@ -71,9 +81,7 @@ def _read(path: Path, known: Key | None) -> Entry:
     except PackageError as exc:
         if known is not None:
             return Entry(*known, "", None, str(exc))
-        # engines/<name>/build/<profile>, or a package folder called like its model
-        name = path.parent.parent.name if path.parent.name == "build" else path.name
-        return Entry(re.sub(r"[^A-Za-z0-9._-]", "-", name)[:64], "0", "", None, str(exc))
+        return Entry(called_like(path), NO_VERSION, "", None, str(exc))
 
 
 def _preference(entry: Entry, machine: Machine, profile: DeviceProfile | None) -> tuple[bool, bool, bool, str]:

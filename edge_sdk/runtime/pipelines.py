@@ -8,6 +8,8 @@ One thread of its own does what is decided here, one event after the other, and 
 models are asked through the service, on whatever threads they have, and their answers come back as events. So nobody
 waits for anybody, whatever the stages share. Deadline, priority and client of a request are those of everything that is
 asked for it. A stage that fails is the answer, with its name.
+
+A file that is no pipeline has a place all the same, which says why: that of a model which did not load.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from edge_sdk.errors import (
     UnsupportedType,
 )
 from edge_sdk.runtime.batching import QueueLimits
+from edge_sdk.runtime.catalog import NO_VERSION, Key, called_like
 from edge_sdk.runtime.messages import Answer, Request, Timing
 from edge_sdk.runtime.served import UNLOADED, ServedModel
 from edge_sdk.stages import REQUEST, PipelinePackage, Stage, pipeline_folders
@@ -49,7 +52,6 @@ Outcome = Union[Outputs, RequestError]
 Elsewhere = Callable[[Stage, Payload, float, Callable[[Outcome], None]], None]
 """Asks the model of a stage that does not live here, within so many seconds, and calls back once, on any thread."""
 
-Key = tuple[str, str]
 Value = Union[Array, list[bytes]]
 
 
@@ -104,21 +106,21 @@ class Pipeline(ServedModel):
 
     def submit(self, request: Request) -> None:
         self.refresh()
-        if self._retired:
-            raise self._unavailable()
-        if not self.answers:
+        if not self.answers and not self._retired:
             raise Unavailable(
                 f"The pipeline {self.model!r} lacks a stage: {self.reason}.",
                 retry_after_ms=1000 if self.state == "LOADING" else None,
                 retryable=self.state == "LOADING",
             )
         with self._lock:
+            if self._retired:
+                raise self._unavailable()
             size = len(request.payload.data)
             if self.open >= self._limits.max_requests or self.open_bytes + size > self._limits.max_bytes:
                 raise QueueFull(f"The pipeline {self.model} has {self.open} requests under way.", retry_after_ms=100)
             self.open += 1
             self.open_bytes += size
-        self._begin(self, request)
+            self._begin(self, request)  # before anybody retires it: what comes after that is not begun
 
     def finish(self, request: Request, answer: Answer) -> None:
         """The answer to a request that was begun."""
@@ -163,7 +165,7 @@ class _Asked:
     """Of each, in their order; empty where it is missing."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Run:
     """A request on its way through its pipeline."""
 
@@ -201,27 +203,31 @@ class Pipelines:
         self._on_due = on_due
         self._limits = limits
         self._clock = clock
-        self._served: dict[Key, Pipeline] = {}
+        self._served: dict[Key, ServedModel] = {}
+        self._runs: set[_Run] = set()  # under way; each is put once and taken once
         self._tickets: Iterator[int] = itertools.count(-1, -1)
         self._asked: dict[int, tuple[_Run, _Asked, int]] = {}  # by internal ticket; each is put once and taken once
         self._events: queue.SimpleQueue[tuple[_Run, Callable[[], None]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     @property
-    def served(self) -> Mapping[Key, Pipeline]:
+    def served(self) -> Mapping[Key, ServedModel]:
+        """Each a Pipeline, but for those whose files are none."""
         return self._served
 
     def follow(self, folder: Path, unloaded: Set[Key] = frozenset()) -> None:
         """Serve the pipelines that lie in the folder now; those that did not change go on. Of those that are
-        `unloaded`, there is a place that says so."""
-        found: dict[Key, Pipeline] = {}
-        former = {pipeline.pipeline.path: pipeline.pipeline for pipeline in self._served.values()}
+        `unloaded`, there is a place that says so, and of those that are broken one that says why."""
+        found: dict[Key, ServedModel] = {}
+        former = {each.pipeline.path: each.pipeline for each in self._served.values() if isinstance(each, Pipeline)}
         for path in pipeline_folders(folder):
             try:
                 package = PipelinePackage.open(path)
             except PackageError as exc:
                 log.error("%s", exc)
                 if path not in former:
+                    key = called_like(path), NO_VERSION
+                    found.setdefault(key, self._broken(key, str(exc), away=key in unloaded))
                     continue
                 package = former[path]  # it goes on as it was
             key = package.spec.name, package.spec.version
@@ -233,18 +239,19 @@ class Pipelines:
                     known.fail(UNLOADED)
                     known.retire()
             found[key] = known
-        gone = [pipeline for key, pipeline in self._served.items() if found.get(key) is not pipeline]
+        gone = [each for key, each in self._served.items() if found.get(key) is not each]
         self._served = found
         if found and self._thread is None:
             self._thread = threading.Thread(target=self._work, name="edge-sdk-pipelines", daemon=True)
             self._thread.start()
-        for pipeline in gone:
-            pipeline.retire()
+        for each in gone:
+            each.retire()
 
     def refresh(self) -> None:
         """Models have changed; pipelines may have, too."""
-        for pipeline in self._served.values():
-            pipeline.refresh()
+        for each in self._served.values():
+            if isinstance(each, Pipeline):
+                each.refresh()
 
     def take(self, answer: Answer) -> None:
         """The answer to a request that was made here."""
@@ -252,7 +259,22 @@ class Pipelines:
         self._events.put((run, lambda: self._take(run, asked, place, answer.result)))
 
     def stop(self) -> None:
+        """Begin nothing more, and answer 503 to what is under way; `join` waits for that."""
+        for each in self._served.values():
+            each.retire()
         self._events.put(None)
+
+    def join(self, timeout_s: float) -> None:
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
+    def _broken(self, key: Key, problem: str, *, away: bool) -> ServedModel:
+        """The place of a file that is no pipeline."""
+        place = ServedModel(*key, limits=self._limits, on_answer=self._on_answer, clock=self._clock)
+        place.fail(UNLOADED if away else problem)
+        if away:
+            place.retire()
+        return place
 
     def _new(self, package: PipelinePackage) -> Pipeline:
         return Pipeline(
@@ -266,6 +288,7 @@ class Pipelines:
 
     def _put(self, pipeline: Pipeline, request: Request) -> None:
         run = _Run(pipeline, request, self._clock(), left=list(pipeline.pipeline.spec.stage))
+        self._runs.add(run)
         self._events.put((run, lambda: self._start(run)))
 
     def _work(self) -> None:
@@ -277,6 +300,8 @@ class Pipelines:
                 log.exception("A defect of edge-sdk: a request of the pipeline %s could not go on.", run.pipeline.model)
                 if not run.over:
                     self._end(run, InferenceFailed("The pipeline failed; the device's log has the reason."))
+        for run in tuple(self._runs):  # what they wait for may never come
+            self._end(run, Unavailable("The device is stopping.", retry_after_ms=1000))
 
     # On the thread
 
@@ -403,6 +428,7 @@ class Pipelines:
 
     def _end(self, run: _Run, result: Body | RequestError) -> None:
         run.over = True
+        self._runs.discard(run)
         waited_ms, whole_ms = (
             (until - since) * 1000 for since, until in ((run.request.received, run.began), (run.began, self._clock()))
         )

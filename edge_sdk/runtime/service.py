@@ -321,6 +321,7 @@ class Service:
             model.retire()
         for model in self._models.values():
             model.join(max(0.0, deadline - self._clock()))
+        self._pipelines.join(max(0.0, deadline - self._clock()))
         self._loader.join(max(0.0, deadline - self._clock()))
         return finished
 
