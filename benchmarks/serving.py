@@ -6,6 +6,8 @@ The same models, the same image (float32, as a raw tensor, QoS 1 over MQTT), the
 round each server is asked in turn, the order changing, and figures are medians over the rounds: machines drift, ratios
 taken side by side do not. A ratio above 1 is better for throughput and worse for CPU and latency.
 
+*Naive* is the daemon that people write first, *bare* the least that one in Python can do (where mqtt5 is installed).
+
 CPU is that of the server with all its processes; *overhead* adds the broker's and takes away what the raw loop needs
 for an image. Memory is the proportional share (PSS) of all its processes, idle before the first round and at its most.
 `--peers` installs the servers of `benchmarks.peers` in environments below DIR, where they are not there yet.
@@ -17,6 +19,7 @@ speed measurements).
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -121,8 +124,10 @@ def measure(place: Place, folder: Path, others: dict[str, Path], rounds: int, se
         print(f"\n{place.model}: {built}, best batch {best}, {built.profile().onnxruntime}", flush=True)
         servers = [
             stack.enter_context(ours(place, built.name, folder / place.model)),
-            stack.enter_context(naive(place)),
+            stack.enter_context(script("naive", place)),
         ]
+        if importlib.util.find_spec("mqtt5") is not None:
+            servers.append(stack.enter_context(script("bare", place)))
         for name, python in others.items():
             try:
                 servers.append(stack.enter_context(peer(name, python, place)))
@@ -160,12 +165,12 @@ def daemon(engines: Path, port: int, environment: dict[str, str] | None = None) 
 
 
 @contextmanager
-def naive(place: Place) -> Iterator[Server]:
-    """The daemon that people write first; ready when it answers, for it tells nobody."""
-    command = [sys.executable, str(HERE / "naive.py"), str(place.port), str(place.file), "naive/infer"]
+def script(name: str, place: Place) -> Iterator[Server]:
+    """A daemon of one file beside this one, NAME.py; ready when it answers, for it tells nobody."""
+    command = [sys.executable, str(HERE / f"{name}.py"), str(place.port), str(place.file), f"{name}/infer"]
     began = time.perf_counter()
     with running(command) as process:
-        server = mqtt_server("naive", process, "naive/infer", place, 0.0)
+        server = mqtt_server(name, process, f"{name}/infer", place, 0.0)
         wait_until_it_answers(server)
         yield replace(server, start_s=time.perf_counter() - began, idle_mb=memory_mb(process))
 
