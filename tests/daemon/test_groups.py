@@ -15,7 +15,8 @@ import pytest
 
 from edge_sdk.errors import NoAnswer, SettingsError
 from edge_sdk.mqtt.client import Client
-from tests.brokers import Broker, eventually
+from tests.authority import Authority
+from tests.brokers import MOSQUITTO, Broker, eventually, free_port, running_mosquitto
 from tests.daemon.processes import DaemonProcess
 from tests.faults.proxy import Proxy
 from tests.packages import make_package, misbehaving, scaling
@@ -98,6 +99,30 @@ def test_a_group_shares_its_load_and_loses_none_of_it(broker: Broker, start_memb
         assert 2.0 * number == answer.outputs["y"][0, 0]
     for part in (answers[:killed_at], answers[back_at + 1 :]):
         assert {"first", "second"} == {answer.device for answer in part}
+
+
+@pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
+@pytest.mark.parametrize("way", ["mqtts", "ws"])
+def test_a_group_is_joined_on_the_way_of_the_first_connection(way: str, engines: Path, tmp_path: Path) -> None:
+    """The second connection goes by TLS, or in a WebSocket, where the first one does."""
+    certificate, key = (authority := Authority(tmp_path)).certificate("server")
+    tls_port = free_port()
+    lines = [f"listener {tls_port} 127.0.0.1", f"certfile {certificate}", f"keyfile {key}"]
+    with running_mosquitto(tmp_path, websockets=True, lines=lines) as broker:
+        port = tls_port if way == "mqtts" else broker.websockets_port
+        url, ca_file = f"{way}://localhost:{port}", str(authority.file)
+        daemon = DaemonProcess(
+            engines, url, tmp_path / "member.log", device="member", groups=GROUP, broker__ca_file=ca_file
+        )
+        daemon.start()
+        try:
+            with Client(broker.url, timeout_s=30) as client:
+                wait_until_joined(client, "member")
+                answers = [client.infer("double", {"x": ROW * number}, group=GROUP) for number in range(20)]
+        finally:
+            daemon.kill()
+
+    assert [2.0 * number for number in range(20)] == [answer.outputs["y"][0, 0] for answer in answers]
 
 
 @pytest.mark.timeout(60)
