@@ -1,7 +1,7 @@
 """Asking a model from the command line: a package in this process, or a device over MQTT, with the same result.
 
-A local package is asked through the very task and worker that the daemon uses, so what is seen here is what a client
-of the daemon would get.
+A local package is asked through the very task and worker that the daemon uses, a local pipeline through its service, so
+what is seen here is what a client of the daemon would get.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge_sdk import console
-from edge_sdk.bench import BenchResult, device_figures, drive, in_process
+from edge_sdk.bench import BenchResult, device_figures, drive
 from edge_sdk.errors import DataError, NoAnswer, RequestError
+from edge_sdk.local import in_process
 from edge_sdk.package import EnginePackage
 from edge_sdk.settings import Settings
+from edge_sdk.stages import PipelinePackage, holds_pipeline
 from edge_sdk.tasks.base import NPY, Payload, SequencePart
 from edge_sdk.tasks.npy import decode_npy, encode_npy
 from edge_sdk.tasks.oip import OipResponse, decode_response, encode_request, to_list
@@ -29,9 +31,9 @@ if TYPE_CHECKING:
     from edge_sdk.mqtt.client import Answer, Client
 
 _SHOWN = 8
+"""Elements of a tensor that are shown to a person."""
 _DEVICE_S = 2.0
 """Enough for the median of what an engine takes alone."""
-"""Elements of a tensor that are shown to a person."""
 
 
 @dataclass(frozen=True)
@@ -77,21 +79,23 @@ class Answered:
 
 
 def ask_package(package: Path, data: bytes, *, timeout_s: float, sequence: bool = False) -> Answered:
-    """The answer of the package in that directory to a payload whose type its bytes tell; raises RequestErrors.
+    """The answer of the package or pipeline in that directory to a payload whose type its bytes tell; RequestErrors.
 
     With `sequence`, the rows of an .npy array are one sequence of a stateful model, and the answer has a row for each.
     """
-    opened = EnginePackage.open(package)
+    opened = _opened(package)
+    if sequence and isinstance(opened, PipelinePackage):
+        raise DataError(f"{package} is a pipeline, and has no sequences.", fix="Leave --sequence out.")
     with in_process(opened) as submit:
 
         def ask(payload: Payload) -> Answered:
             try:
                 body = submit(payload).result(timeout_s)
             except FutureTimeoutError as exc:
-                why = f"{opened} gave no answer within {timeout_s:g} s."
+                why = f"{package} gave no answer within {timeout_s:g} s."
                 raise NoAnswer(why, fix="Give more with --timeout.") from exc
-            response: OipResponse = decode_response(body.data, body.header_length)
-            return Answered(opened.name, opened.version, response.outputs, response.extra.get("predictions", []))
+            told: OipResponse = decode_response(body.data, body.header_length)
+            return Answered(told.model_name, told.model_version, told.outputs, told.extra.get("predictions", []))
 
         if not sequence:
             return ask(Payload(data))
@@ -169,15 +173,19 @@ def device_stats(
 
 
 def bench_package(package: Path, data: bytes | None, *, concurrency: int, seconds: float) -> BenchResult:
-    """A package in this process; without `data`, zeros are sent."""
-    opened = EnginePackage.open(package)
+    """A package in this process; without `data`, zeros are sent. A pipeline, asked with the picture that `data` is."""
+    opened = _opened(package)
     if data is not None:
         payload = Payload(data)
+    elif isinstance(opened, PipelinePackage):
+        raise _no_picture(opened.spec.name)
     else:
         body = encode_request(zeros(opened.manifest.asked))
         payload = Payload(body.data, body.content_type, body.header_length)
     with in_process(opened) as submit:
         result = drive(lambda: submit(payload), concurrency=concurrency, seconds=seconds)
+    if isinstance(opened, PipelinePackage):
+        return result
     return replace(result, device=device_figures(opened, seconds=min(seconds, _DEVICE_S)))
 
 
@@ -194,6 +202,8 @@ def bench_device(
     """A model over MQTT; without `data`, zeros of the shape that the model's metadata gives."""
     with _client(settings, device, client_id) as client:
         metadata = client.metadata(model)
+        if data is None and metadata.get("task") == "pipeline":
+            raise _no_picture(model)
         payload: Any = zeros(_inputs(metadata)) if data is None else data
         numbers = itertools.count()
 
@@ -202,6 +212,14 @@ def bench_device(
             return client.submit(model, payload, sequence=alone)
 
         return drive(submit, concurrency=concurrency, seconds=seconds)
+
+
+def _opened(folder: Path) -> EnginePackage | PipelinePackage:
+    return PipelinePackage.open(folder) if holds_pipeline(folder) else EnginePackage.open(folder)
+
+
+def _no_picture(pipeline: str) -> DataError:
+    return DataError(f"The pipeline {pipeline} takes a picture, and zeros are none.", fix="Give one with --input FILE.")
 
 
 def _client(settings: Settings, device: str | None, client_id: str | None, **more: Any) -> Client:

@@ -7,11 +7,10 @@ but without MQTT) or a device over MQTT: what differs is what transport costs.
 from __future__ import annotations
 
 import queue
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,17 +19,11 @@ import numpy as np
 from edge_sdk.backends.base import DeviceTime, Engine, Timed
 from edge_sdk.backends.onnxruntime import OnnxRuntimeBackend
 from edge_sdk.backends.registry import load_engine
-from edge_sdk.errors import BackendUnavailable, DeviceLost, EngineFailed, RequestError
+from edge_sdk.errors import BackendUnavailable, EngineFailed
 from edge_sdk.package import GRAPH, EnginePackage
-from edge_sdk.runtime.batching import QueueLimits
-from edge_sdk.runtime.messages import Answer, Request
-from edge_sdk.runtime.served import ServedModel
-from edge_sdk.runtime.worker import Worker
-from edge_sdk.tasks.base import Body, Payload, SequencePart
 from edge_sdk.tensors import Feeds, allocate
 
 Submit = Callable[[], "Future[Any]"]
-_DEADLINE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -152,58 +145,3 @@ def _median_ms(engine: Engine, feeds: Feeds, seconds: float, each: Callable[[], 
         times.append(time.perf_counter())
         each()
     return round(float(np.median(np.diff([began, *times]))) * 1e3, 4)
-
-
-@contextmanager
-def in_process(package: EnginePackage) -> Iterator[Callable[[Payload], Future[Body]]]:
-    """The runtime of one package, without a transport: a function from a payload to the future of its answer.
-
-    To a stateful model, a payload that names no sequence is one of its own, of a single request.
-    """
-    stateful = package.manifest.sequence is not None
-    pending: dict[int, Future[Body]] = {}
-    lock = threading.Lock()
-    last = 0
-
-    def finish(answer: Answer) -> None:
-        with lock:
-            future = pending.pop(answer.ticket)
-        if isinstance(answer.result, RequestError):
-            future.set_exception(answer.result)
-        else:
-            future.set_result(answer.result)
-
-    def lose(loss: DeviceLost) -> None:
-        with lock:
-            lost = [*pending.values()]
-            pending.clear()
-        for future in lost:
-            future.set_exception(loss)
-
-    def submit(payload: Payload) -> Future[Body]:
-        nonlocal last
-        future: Future[Body] = Future()
-        now = time.monotonic()
-        with lock:
-            last += 1
-            ticket = last
-            pending[ticket] = future
-        if stateful and payload.sequence is None:
-            payload = payload._replace(sequence=SequencePart(str(ticket), start=True, end=True))
-        try:
-            served.submit(Request(ticket, package.name, payload, now, now + _DEADLINE_S))
-        except RequestError as exc:
-            finish(Answer(ticket, exc))
-        return future
-
-    served = ServedModel(
-        package.name, package.version, limits=QueueLimits(), on_answer=finish, on_lost=lose, clock=time.monotonic
-    )  # fmt: skip
-    worker = Worker.load(package)
-    worker.warm_up()
-    served.put_in_service(worker, quick=False)
-    try:
-        yield submit
-    finally:
-        served.retire()
-        served.join(5.0)

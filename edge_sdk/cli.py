@@ -463,7 +463,7 @@ def infer(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Ask MODEL with an image, a .npy array or a JSON body, over MQTT or in this process.
+    """Ask MODEL with an image, a .npy array or a JSON body, over MQTT, or a PACKAGE or a pipeline in this process.
 
     \b
     Examples:
@@ -574,7 +574,7 @@ def bench(
     device: str | None,
     as_json: bool,
 ) -> None:
-    """Measure a PACKAGE in this process, or with --broker a MODEL over MQTT.
+    """Measure a PACKAGE or a pipeline in this process, or with --broker a MODEL over MQTT.
 
     \b
     Examples:

@@ -23,9 +23,10 @@ from types import FrameType
 from typing import Any
 
 from edge_sdk import console, resources
-from edge_sdk.bench import BenchResult, drive, in_process
+from edge_sdk.bench import BenchResult, drive
 from edge_sdk.compile.pipeline import build
 from edge_sdk.errors import BackendError, BrokerError, NoAnswer
+from edge_sdk.local import in_process
 from edge_sdk.mqtt.access import BrokerAccess
 from edge_sdk.mqtt.broker import find_broker, start_broker, tied_to_us
 from edge_sdk.mqtt.client import Client

@@ -226,3 +226,14 @@ def pipeline_folders(folder: Path) -> list[Path]:
     patterns = (f"*/{PIPELINE}", f"*/*/{PIPELINE}", f"*/build/*/{PIPELINE}")
     found = {file.parent for pattern in patterns for file in folder.glob(pattern)}
     return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def folders_around(pipeline: Path) -> list[Path]:
+    """The folders in which `pipeline_folders` finds this one: its models may lie there."""
+    around = pipeline.absolute().parents
+    return list(around[2:3] if pipeline.absolute().parent.name == "build" else around[:2])
+
+
+def holds_pipeline(folder: Path) -> bool:
+    """Whether a package is a pipeline's."""
+    return (folder / PIPELINE).is_file()

@@ -26,8 +26,8 @@ pytest.importorskip("onnxruntime", reason="what answers while an engine is built
 
 from edge_sdk import resources
 from edge_sdk.backends.tensorrt import api, facts
-from edge_sdk.bench import in_process
 from edge_sdk.compile.pipeline import build
+from edge_sdk.local import in_process
 from edge_sdk.mqtt.client import Client
 from edge_sdk.package import PROFILE, BackendRecord, EnginePackage, seal, writing
 from edge_sdk.profiles import load_profile

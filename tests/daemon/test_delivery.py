@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_sdk.bench import in_process
 from edge_sdk.errors import DeadlineExceeded, NoAnswer
+from edge_sdk.local import in_process
 from edge_sdk.mqtt.client import Client
 from edge_sdk.package import EnginePackage
 from edge_sdk.tasks.base import Payload

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from edge_sdk.cli import main
 from edge_sdk.compile.pipeline import build_engine
@@ -110,6 +111,27 @@ def test_things_on_a_photo(seeing: DaemonProcess, broker: Broker, packages: Path
                 assert int(scores.argmax()) == int(number)
                 assert float(scores.max()) == pytest.approx(float(best), abs=1e-4)
             assert {"queue", "infer", "detector", "found", "parts", "classifier"} == set(answer.timing)
+
+
+def test_a_pipeline_answers_as_much_without_a_daemon(
+    seeing: DaemonProcess, broker: Broker, packages: Path, shared: Path
+) -> None:
+    """`infer --local` runs it in its own process, and says what the daemon says; `bench` measures the whole of it."""
+    photo, runner = str(shared / "images" / "detect" / "0.jpg"), CliRunner()
+    here, there, measured = (
+        json.loads(runner.invoke(main, [*arguments, "--json"], catch_exceptions=False).stdout)
+        for arguments in (
+            ["infer", "--local", str(packages / "things"), "--input", photo],
+            ["infer", "things", "--broker", broker.url, "--device", DEVICE, "--input", photo],
+            ["bench", str(packages / "things"), "--input", photo, "--seconds", "0.3", "--concurrency", "2"],
+        )
+    )
+
+    assert DEVICE == there.pop("device")
+    assert there == here
+    assert {"boxes", "scores", "labels", "kinds"} == {output["name"] for output in here["outputs"]}
+    assert (2, 0) == (measured["concurrency"], measured["errors"])
+    assert 0 < measured["p50_ms"] <= measured["p99_ms"]
 
 
 def test_a_photo_of_nothing_has_no_parts(seeing: DaemonProcess, broker: Broker, shared: Path, tmp_path: Path) -> None:
