@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from edge_sdk import host
 from edge_sdk.mqtt import presence
 from edge_sdk.mqtt.echo import Echo
+from edge_sdk.mqtt.leftovers import Leftovers
 from edge_sdk.mqtt.link import Link
 from edge_sdk.mqtt.topics import Topics
-from edge_sdk.mqtt.transports.base import Message, Properties
+from edge_sdk.mqtt.transports.base import Message, Properties, Received
 from edge_sdk.profiles import DeviceProfile
 from edge_sdk.runtime.service import Service
 from edge_sdk.seldom import Seldom
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from edge_sdk.mqtt.group import Membership
     from edge_sdk.mqtt.journal import Journal
     from edge_sdk.sensors import Sensors
+
+log = logging.getLogger(__name__)
 
 
 class Account:
@@ -63,6 +67,7 @@ class Account:
         self._journal = journal
         self._certificate = certificate
         self._announced: Mapping[str, bytes | None] = {}
+        self._leftovers = Leftovers(topics)
         self._sensors: Sensors | None = None
         self._machine: Mapping[str, Any] = {}
         self._started = time.monotonic()
@@ -87,6 +92,27 @@ class Account:
     def forget(self) -> None:
         """On a new connection everything is announced anew, also that a model is gone."""
         self._announced = dict.fromkeys(self._announced)
+        self._leftovers.connected()
+
+    def look_for_leftovers(self, now: float) -> None:
+        """Read for a while what the broker retains of this device's models, after each start; about once a second."""
+        if not self._link.is_connected or not self._link.may_retain:
+            return
+        match self._leftovers.due(now):
+            case "look":
+                self._link.look(self._leftovers.topics)
+            case "leave":
+                self._link.leave(self._leftovers.topics)
+
+    def hears(self, event: Received) -> bool:
+        """Whether a message is a document of ours; one of a model that is not here any more is cleared."""
+        if not self._leftovers.owns(event.message.topic):
+            return False
+        self._link.session.set_aside(event)
+        if (clearing := self._leftovers.heard(event.message, self._service.by_name())) is not None:
+            log.info("%s is retained of a model that is not here any more; it is cleared.", clearing.topic)
+            self._link.session.announce(clearing)
+        return True
 
     def info(self) -> dict[str, Any]:
         """What a client has to know before it asks; JSON-ready, as the next two."""

@@ -283,6 +283,8 @@ class Daemon:
             return
         if envelope is None and self._control is not None and self._control.take(event, now):
             return
+        if envelope is None and self._account.hears(event):
+            return
         if envelope is None or message.retain:
             # A retained request is an old one; one we may not answer would make us write where its sender may not.
             self._note_unroutable(message, now)
@@ -514,6 +516,7 @@ class Daemon:
             self._give_up_late(now)
             self._finish_answers()
             self._look_for_echo(now)
+            self._account.look_for_leftovers(now)
             self._service.test_itself(now)
             if self._health is not None:
                 self._health.update(ready=self._account.is_ready(), ailing=self._service.ailing)

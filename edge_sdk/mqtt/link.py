@@ -162,6 +162,15 @@ class Link:
                 self._transport.unsubscribe(gone)
             self._subscribe([name for name in subscriptions if name not in former])
 
+    def look(self, name: str) -> None:
+        """Have what is retained under a filter sent, and on this connection whatever is published there, until `leave`.
+        If it may not be read, nothing comes."""
+        self._transport.subscribe([name], qos=0, retained=True)
+
+    def leave(self, name: str) -> None:
+        """Read nothing more under a filter that was looked at."""
+        self._transport.unsubscribe([name])
+
     def rest(self) -> None:
         """Leave the broker, and stay away until `resume`."""
         self.session.closed()

@@ -106,6 +106,11 @@ class Topics:
     def stats(self) -> str:
         return f"{self.root}/{self.device}/stats"
 
+    @property
+    def models(self) -> str:
+        """The filter for the metadata of all its models."""
+        return f"{self.root}/{self.device}/models/+"
+
     def model(self, model: str) -> str:
         """A model's metadata; its other topics are below."""
         return f"{self.root}/{self.device}/models/{_model(model)}"
@@ -140,8 +145,7 @@ class Topics:
 
     def subscriptions(self) -> list[str]:
         """The filters under which requests to this device arrive."""
-        models = f"{self.root}/{self.device}/models/+"
-        return [f"{models}/infer", f"{models}/infer/+/+", f"{models}/versions/+/infer"]
+        return [f"{self.models}/infer", f"{self.models}/infer/+/+", f"{self.models}/versions/+/infer"]
 
     def command(self, name: str) -> str:
         return f"{self.root}/{self.device}/cmd/{name}"

@@ -130,12 +130,16 @@ def test_the_daemon_has_all_it_needs(site: Site) -> None:
     asking_itself = [published(device, f"edge/v1/{DEVICE}/models/-/{kind}/-/7") for kind in ("infer", "result")]
     heard = eventually(lambda: _heard(device), "what it sends itself")
     device.transport.close()
+    device = site.bare(DEVICE, f"edge/v1/{DEVICE}/models/+")
+    retained = device.next(Received).message
+    device.transport.close()
     operator = site.bare("operator", f"edge/v1/{DEVICE}/stats")
     stats = json.loads(operator.next(Received).message.payload)
     operator.transport.close()
 
     assert max(asking_itself) < FAILURE
     assert [f"edge/v1/{DEVICE}/models/-/result/-/7"] == [event.message.topic for event in heard]
+    assert (f"edge/v1/{DEVICE}/models/digits", True) == (retained.topic, retained.retain)
     assert "ok" == stats["self_test"]["requests"]
     assert 0 == stats["mqtt"]["refused"]
     assert 360 < stats["client_certificate_days"] <= 365
