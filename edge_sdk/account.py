@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -47,9 +47,9 @@ class Account:
         membership: Membership | None,
         journal: Journal | None,
         certificate: ExpiryWatch | None,
+        is_drained: Callable[[], bool],
     ) -> None:
-        self.draining = False
-        """Whether the device takes no requests, because somebody said so."""
+        """`is_drained`: whether the device takes no requests, because somebody said so."""
         self.unroutable = Seldom()
         """Messages that had no way back."""
         self.dropped = 0
@@ -66,6 +66,7 @@ class Account:
         self._membership = membership
         self._journal = journal
         self._certificate = certificate
+        self._is_drained = is_drained
         self._announced: Mapping[str, bytes | None] = {}
         self._leftovers = Leftovers(topics)
         self._sensors: Sensors | None = None
@@ -126,7 +127,7 @@ class Account:
             },
             models=self._service.by_name(),
             group=self._membership.described() if self._membership is not None else None,
-            draining=self.draining,
+            draining=self._is_drained(),
         )
 
     def stats(self, now: float) -> dict[str, Any]:
@@ -163,7 +164,7 @@ class Account:
 
     def is_ready(self) -> bool:
         """Whether requests come in, and some model answers them."""
-        hears = self._link.is_connected and not self.draining and not self._echo.trouble
+        hears = self._link.is_connected and not self._is_drained() and not self._echo.trouble
         return hears and any(model.answers for model in self._service.models())
 
     def status(self) -> str:
@@ -171,7 +172,7 @@ class Account:
         models = self._service.models()
         ready = sum(model.answers for model in models)
         are_ready = f"{ready} of {len(models)} models ready"
-        if self.draining:
+        if self._is_drained():
             are_ready += ", drained"
         if self._link.trouble:
             return f"Not connected: {self._link.trouble} ({are_ready})"

@@ -187,12 +187,14 @@ class Daemon:
             membership=self._membership,
             journal=self._journal,
             certificate=self._certificate,
+            is_drained=lambda: self._draining,
         )
         self._control = self._new_control(tickets) if settings.commands.enabled else None
         self._routes: dict[int, tuple[Session, ReplyRoute, float]] = {}  # ticket -> where the answer goes, by when
         self._answers: deque[Answer] = deque()  # appended by any thread
         self._owner = threading.get_ident()
         self._ending = threading.Lock()
+        self._draining = False
         self._stop_requested = False
         self._reload_requested = False
         self._changed = False
@@ -303,7 +305,7 @@ class Daemon:
         try:
             if not taking:
                 raise Unavailable("The device is stopping.", retry_after_ms=1000)
-            if self._account.draining and session is self._session:
+            if self._draining and session is self._session:
                 raise Unavailable("The device is drained.", retry_after_ms=DRAINED_RETRY_MS)
             if intake.fate == "reused":
                 raise IdReused("This id was used before, with another payload.", fix="Give each request its own.")
@@ -324,7 +326,7 @@ class Daemon:
 
     def _look_for_echo(self, now: float) -> None:
         """Ask ourselves what is due, and tell of what does not come back."""
-        if not self._link.is_connected or self._account.draining:
+        if not self._link.is_connected or self._draining:
             return
         former = self._echo_told
         commands = self._control.heard if self._control is not None else 0  # they come by another subscription
@@ -411,8 +413,8 @@ class Daemon:
 
     def _drain(self, draining: bool) -> dict[str, Any]:
         """Take no more requests, and finish those that were accepted; or take them again. How far that is."""
-        if draining != self._account.draining:
-            self._account.draining, self._changed = draining, True
+        if draining != self._draining:
+            self._draining, self._changed = draining, True
             self._link.listen(self._subscriptions(self._link.version))
             if draining:
                 self._forget_echo()
@@ -429,7 +431,7 @@ class Daemon:
 
     def _subscriptions(self, version: MqttVersion) -> dict[str, QoS]:
         """What is read from the broker now, in this version of MQTT. A device that is drained hears commands only."""
-        requests = [] if self._account.draining else self._topics.subscriptions()
+        requests = [] if self._draining else self._topics.subscriptions()
         if requests and version == 4 and self._settings.serving.self_test_s:
             requests.append(self._echo.pongs)
         commands: dict[str, QoS] = {self._topics.command_subscription(): 1} if self._settings.commands.enabled else {}

@@ -94,8 +94,6 @@ class FlightRecorder:
         """One without a file; see `open`."""
         self.quarantine = Quarantine()
         """The requests that former processes ended with."""
-        self.crashed = 0
-        """How many requests were being computed when the last process ended."""
         self._numbers = itertools.count(1)
         self._open: dict[int, Flight] = {}
         self._file: int | None = None
@@ -202,7 +200,6 @@ class FlightRecorder:
         if (magic, life) == (MAGIC, this_life):
             self.quarantine = Quarantine(_records_in(self._map))
             keys = [key for key in struct.unpack_from(f"={CELLS}Q", self._map, _HEADER.size) if key]
-            self.crashed = len(keys)
             itself = bool(words or confessed or kills != kills_then)
             self.quarantine.ended(keys, time.monotonic(), killed=not itself)
             _tell_of_the_end(keys, words, itself)
