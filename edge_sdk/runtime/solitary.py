@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from edge_sdk.errors import InferenceFailed, QueueFull, RequestError
+from edge_sdk.errors import InferenceFailed, QueueFull, RequestError, Unavailable
 from edge_sdk.runtime.batching import QueueLimits
 from edge_sdk.runtime.messages import Answer, Request
 from edge_sdk.runtime.recorder import FlightRecorder
@@ -108,7 +108,7 @@ class Solitary:
 
     def takes(self, model: ServedModel, request: Request) -> bool:
         """Whether `request` is a suspect, and so no longer the caller's. Raises InferenceFailed if it is barred, and
-        QueueFull, with an honest moment to come back, where it may not wait."""
+        QueueFull, with an honest moment to come back, where it may not wait; Unavailable after `stop`."""
         quarantine, now = self._recorder.quarantine, time.monotonic()
         match quarantine.verdict(request.key, now):
             case "clear":
@@ -117,6 +117,8 @@ class Solitary:
                 self.refused += 1
                 raise _barred(model, request, quarantine.ends(request.key), quarantine.barred_s(request.key, now))
         with self._arrived:
+            if self._ended:
+                raise _stopping()
             size = len(request.payload.data)
             if len(self) >= self._limits.max_requests or self.waiting_bytes + size > self._limits.max_bytes:
                 raise self._full(now)
@@ -140,6 +142,7 @@ class Solitary:
         }
 
     def stop(self) -> None:
+        """Compute no other; those that wait are answered 503."""
         with self._arrived:
             self._ended = True
             self._arrived.notify()
@@ -150,7 +153,7 @@ class Solitary:
                 while not self._waiting and not self._ended:
                     self._arrived.wait()
                 if self._ended:
-                    return
+                    break
                 model, request = self._waiting[0]
                 self._began = began = time.monotonic()
             done = self._compute(model, request)
@@ -166,6 +169,10 @@ class Solitary:
                     self._arrived.wait(_LOOK_AGAIN_S)
             if done:
                 self._on_change()
+        while self._waiting:  # nobody adds to it any more
+            model, request = self._waiting.popleft()
+            self.waiting_bytes -= len(request.payload.data)
+            self._on_answer(Answer(request.ticket, _stopping(), model.version))
 
     def _compute(self, model: ServedModel, request: Request) -> bool:
         """Whether it was answered; not while its model is loading."""
@@ -189,6 +196,10 @@ class Solitary:
             fix="Try again later.",
             retry_after_ms=math.ceil(len(self) * each_s * 1000),
         )
+
+
+def _stopping() -> Unavailable:
+    return Unavailable("The device is stopping.", retry_after_ms=1000)
 
 
 def _barred(model: ServedModel, request: Request, ends: int, left_s: float) -> InferenceFailed:

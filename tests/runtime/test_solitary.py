@@ -152,6 +152,19 @@ def test_no_more_suspects_wait_than_may(serve: Serve, limits: QueueLimits) -> No
     assert 0 == place.service.memory()["queue_bytes"]
 
 
+def test_suspects_that_wait_at_a_stop_are_answered(serve: Serve) -> None:
+    """As what waits for a model: 503, and when to come back. The one that is being computed is finished."""
+    place = serve(1, 2, 3)
+    place.answer(place.submit(2.0, key=1))
+    first, second = place.submit(5.0, key=2), place.submit(5.0, key=3)
+    eventually(place.recorder.in_flight, "the first one is computed")
+    place.service.stop(0.0)
+    third = place.submit(2.0, key=3)
+
+    assert [503, 503] == [place.answer(each).status for each in (second, third)]
+    assert 10.0 == place.doubled(first)
+
+
 def test_a_suspect_of_no_model_is_answered(serve: Serve) -> None:
     place = serve(1)
 
