@@ -68,8 +68,8 @@ class OnnxRuntimeOptions(Table):
     intra_op_threads: int = Field(default=0, ge=0)
     """0: one for each physical core the process may use."""
     spinning: bool = True
-    """While a graph is computed, its threads wait for one another by spinning; never between two runs. A build on the
-    device itself measures it, and numbers of threads, and packs what earned its place."""
+    """Threads that wait for one another spin for a few microseconds before they sleep; never between two runs. A build
+    on the device itself measures it, and numbers of threads, and packs what earned its place."""
     graph_optimization: Literal["none", "basic", "extended", "all"] = "all"
 
 

@@ -11,10 +11,10 @@ more frugal one only if
 * it is `_WORTH_THREADS` times as fast or more, and
 * what it gains in time is no less than what it costs in processor time: twice as fast may cost twice as much.
 
-No way spins between inferences, as onnxruntime does unless it is told to stop: a tiny model's two threads then took
-5.2 ms of processor time for each inference in between rests of 5 ms, which the network, the decoders or another model
-could have used. Spinning inside of one is another matter. MobileNetV2 INT8 on two cores (onnxruntime 1.31), back to
-back: 3.35 ms with one thread, 3.90 with two that sleep (5.96 ms of processor time), 2.14 with two that spin (4.26).
+No way spins for longer than a few microseconds, nor between inferences. Left to itself, onnxruntime spins for a second:
+a tiny model's two threads took 5.2 ms of processor time for each inference in between rests of 5 ms, which the network,
+the decoders or another model could have used. Spinning briefly gives nearly all of the gain (see
+`backends.onnxruntime`).
 
 All ways of all candidates are measured in turns within one run, some seconds altogether.
 """

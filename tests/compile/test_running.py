@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_sdk.backends.onnxruntime import OnnxRuntimeBackend
 from edge_sdk.backends.registry import load_engine
 from edge_sdk.compile.pipeline import build_engine
 from edge_sdk.compile.running import best_way, ways_to_run
@@ -83,6 +82,21 @@ def test_a_build_says_how_the_graph_is_run(tmp_path: Path, cpu: DeviceProfile) -
     assert f"- Threads: {running.intra_op_threads}" in (package.path / "report.md").read_text()
 
 
+@pytest.mark.parametrize(("version", "spins"), [("1.25.1", "0"), ("1.26.0", "1"), ("2.0.0rc1", "1")])
+def test_a_release_that_knows_no_limit_does_not_spin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, spins: str
+) -> None:
+    """Without a limit two threads may wait for each other on one core for milliseconds."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(onnxruntime, "__version__", version)
+    package = packages.make_package(tmp_path / "p", packages.scaling(), backend="onnxruntime")
+    loaded = load_engine(package)
+    options = loaded.engine._session.get_session_options()  # type: ignore[attr-defined]
+
+    assert spins == options.get_session_config_entry("session.intra_op.allow_spinning")
+    loaded.engine.close()
+
+
 def test_another_device_is_not_measured(tmp_path: Path, jetson: DeviceProfile) -> None:
     (tmp_path / "net.onnx").write_bytes(conv_net().SerializeToString())
     package = build_engine(tmp_path / "net.onnx", profile=jetson, output=tmp_path / "package")
@@ -91,10 +105,12 @@ def test_another_device_is_not_measured(tmp_path: Path, jetson: DeviceProfile) -
 
 
 @pytest.mark.parametrize(("where", "threads", "spins"), [("here", 3, "0"), ("elsewhere", physical_cores(), "1")])
-def test_measures_hold_where_they_were_made(tmp_path: Path, where: str, threads: int, spins: str) -> None:
+def test_measures_hold_where_they_were_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, threads: int, spins: str
+) -> None:
     """On a processor of another kind, or with another number of cores, the profile's options count."""
-    if not OnnxRuntimeBackend().availability():
-        pytest.skip("onnxruntime is not installed")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(onnxruntime, "__version__", "1.26.0")  # the first whose threads may spin
     running = RunningRecord(
         intra_op_threads=3, spinning=False, processor=processor() if where == "here" else "an i860, 1 cores"
     )
@@ -104,5 +120,6 @@ def test_measures_hold_where_they_were_made(tmp_path: Path, where: str, threads:
 
     assert threads == options.intra_op_num_threads
     assert spins == options.get_session_config_entry("session.intra_op.allow_spinning")
+    assert int(options.get_session_config_entry("session.intra_op.spin_duration_us")) <= 20
     assert options.get_session_config_entry("session.force_spinning_stop") == "1"
     loaded.engine.close()
