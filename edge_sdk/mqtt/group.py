@@ -17,10 +17,6 @@ or queued, and the client's resend is what saves it. So a member that leaves say
 answering until the broker has nothing left for it. That is so if nothing came between the answer to one UNSUBSCRIBE and
 the answer to another: a broker writes in order.
 
-The first connection never waits for the second: the broker is reached for it on a thread of its own, which hands over
-what it reached and ends. A shorter limit would have been simpler still, but each attempt would stop the first one's
-requests for as long, and a broker whose TLS takes longer would never be joined.
-
 Without a group the device serves on: where the broker has no shared subscriptions, or refuses this one, or speaks only
 MQTT 3.1.1, the reason is told, and the next time the device connects is the next attempt.
 """
@@ -77,7 +73,6 @@ class Membership:
             numbers=numbers,
             on_connected=lambda: None,  # that is half of it: the subscription is the other
             on_trouble=on_change,
-            aside=True,
         )
         self._link.rest()
         self._on_change = on_change

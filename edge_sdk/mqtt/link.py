@@ -9,7 +9,9 @@
     link.perform()                          # what the session says may be done now
 
 When to connect is `reconnection`'s to decide, what may be sent and acknowledged `session`'s; here it is done, and where
-there is no connection, the reason is told. One thread owns a link; only `wake` may be called from another.
+there is no connection, the reason is told. Nothing here waits: to reach a broker that is slow, or silent, takes
+seconds, in which the owner of a link may have models to compute and another connection to serve (see `reaching`). One
+thread owns a link; only `wake` may be called from another.
 """
 
 from __future__ import annotations
@@ -66,15 +68,12 @@ class Link:
         on_trouble: Callable[[], None],
         on_refused: Callable[[str, int], None] | None = None,
         write_down: Callable[[Record], None] | None = None,
-        aside: bool = False,
     ) -> None:
         """`options` gives what each connection is opened with; `on_trouble` is told of each change of `trouble`,
         `on_refused` of the topic of an announcement that the broker did not take, and why.
 
         `subscriptions` says which topics are read, and with what QoS; `numbers` is where the session's tickets come
         from. `write_down` keeps what a `durable` session wants written before anything after it is done.
-
-        `aside`: the broker is reached on a thread of its own, and `keep_up` waits for nothing.
         """
         self.trouble = ""
         """Why there is no connection; empty while there is one, and before the first attempt."""
@@ -95,7 +94,6 @@ class Link:
         self._on_trouble = on_trouble
         self._on_refused = on_refused
         self._write_down = write_down
-        self._aside = aside
         self._reaching: Reaching | None = None
         self._limits = BrokerLimits()
         self._client_id = self._broker = ""
@@ -129,8 +127,7 @@ class Link:
         return 0.0 if self._reaching is not None and self._reaching.done else self._reconnection.next_at
 
     def keep_up(self, now: float) -> None:
-        """Open the next connection if it is due. This waits for TCP and TLS, at most OPEN_TIMEOUT_S; `aside`, another
-        thread does, and wakes us when the connection can be opened."""
+        """Open the next connection if it is due. A thread of its own waits for TCP and TLS, and wakes us after that."""
         if self._reconnection.doubts(now):
             log.info("The broker hung up on MQTT 5 and took 3.1.1; it is asked in MQTT 5 once more.")
             self.session.closed()
@@ -147,10 +144,7 @@ class Link:
                 return
             options = self._options(self._reconnection.version)
             self._client_id, self._broker = options.client_id, f"{options.host}:{options.port}"
-            if self._aside:
-                self._reaching = Reaching(self._transport, options, timeout_s=timeout_s)
-            else:
-                self._transport.open(options, timeout_s=timeout_s)
+            self._reaching = Reaching(self._transport, options, timeout_s=timeout_s)
         except EdgeSdkError as exc:
             self._tell(f"waiting for the broker: {exc.problem}", self._reconnection.failed(time.monotonic()))
 
@@ -174,10 +168,7 @@ class Link:
     def rest(self) -> None:
         """Leave the broker, and stay away until `resume`."""
         self.session.closed()
-        if self._reaching is not None:
-            self._reaching.abandon()
-            self._reaching = None
-        self._transport.close()
+        self.close(send_will=False)
         self._reconnection.rest()
         self.trouble = ""
 
@@ -236,6 +227,9 @@ class Link:
 
     def close(self, *, send_will: bool) -> None:
         """Send what is queued, then leave; `send_will` lets the broker publish the will all the same."""
+        if self._reaching is not None:
+            self._reaching.abandon()
+            self._reaching = None
         self._transport.close(send_will=send_will)
 
     def _connected(self, event: Connected) -> None:
