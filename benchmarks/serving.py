@@ -121,7 +121,10 @@ def measure(place: Place, folder: Path, others: dict[str, Path], rounds: int, se
     with ExitStack() as stack:
         built = build(place.file, output=folder / place.model / place.model).package
         best = built.manifest.batching.best_batch
-        print(f"\n{place.model}: {built}, best batch {best}, {built.profile().onnxruntime}", flush=True)
+        way = built.manifest.running
+        assert way is not None  # measured, as it was built here
+        threads = f"{way.intra_op_threads} threads{', spinning' if way.spinning else ''}"
+        print(f"\n{place.model}: {built}, best batch {best}, {threads}", flush=True)
         servers = [
             stack.enter_context(ours(place, built.name, folder / place.model)),
             stack.enter_context(script("naive", place)),

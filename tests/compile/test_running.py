@@ -40,14 +40,25 @@ def test_numbers_of_threads_that_are_tried(limit: int, cores: int, counts: list[
     [
         ([way(1, 4.0, 4.0), way(2, 2.2, 4.3)], 2, False),
         ([way(1, 4.0, 4.0), way(2, 3.7, 4.1)], 1, False),
-        ([way(1, 4.0, 4.0), way(2, 3.0, 6.0)], 1, False),
+        ([way(1, 4.0, 4.0), way(2, 3.0, 7.0)], 1, False),
+        ([way(1, 4.0, 4.0), way(2, 3.0, 6.0)], 2, False),
         ([way(1, 4.0, 4.0), way(2, 2.2, 4.3), way(4, 2.1, 5.0)], 2, False),
         ([way(1, 4.0, 4.0), way(2, 3.9, 4.3), way(4, 1.5, 5.0)], 4, False),
-        ([way(2, 1.2, 2.1), way(2, 1.0, 3.0, spinning=True)], 2, False),
+        ([way(2, 1.2, 2.1), way(2, 1.0, 3.3, spinning=True)], 2, False),
         ([way(2, 1.5, 2.1), way(2, 1.0, 2.2, spinning=True)], 2, True),
         ([way(2, 0.04, 0.14), way(2, 0.02, 5.2, spinning=True)], 2, False),
     ],
-    ids=["twice as fast", "noise", "a core for a third", "enough", "four alone", "a core for 20 %", "free", "tiny"],
+    ids=[
+        "twice as fast",
+        "noise",
+        "a core for a third",
+        "half a core for a third",
+        "enough",
+        "four alone",
+        "a core for 20 %",
+        "free",
+        "tiny",
+    ],
 )
 def test_time_is_weighed_against_processor_time(ways: list[WayRecord], threads: int, spinning: bool) -> None:
     """What a way gains in time must be no less than what it costs the others on the device."""
@@ -58,12 +69,12 @@ def test_time_is_weighed_against_processor_time(ways: list[WayRecord], threads: 
 
 @given(st.lists(st.tuples(st.floats(0.01, 100), st.floats(0.01, 100)), min_size=1, max_size=6))
 def test_nothing_slower_or_dearer_in_all_is_chosen(measures: list[tuple[float, float]]) -> None:
-    """The chosen way is no slower than the most frugal one, and time by processor time is no more."""
+    """The chosen way is no slower than the most frugal one, and time by processor time is hardly more."""
     ways = [way(threads, *measure) for threads, measure in enumerate(measures, start=1)]
     best = best_way(ways)
 
     assert best.latency_ms <= ways[0].latency_ms
-    assert best.latency_ms * best.cpu_ms <= ways[0].latency_ms * ways[0].cpu_ms * (1 + 1e-9)
+    assert best.latency_ms * best.cpu_ms <= 1.25 * ways[0].latency_ms * ways[0].cpu_ms * (1 + 1e-9)
 
 
 def test_a_build_says_how_the_graph_is_run(tmp_path: Path, cpu: DeviceProfile) -> None:
