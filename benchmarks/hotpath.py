@@ -28,7 +28,7 @@ from edge_sdk.mqtt.transports import stream
 from edge_sdk.mqtt.transports.base import Message, Properties
 from edge_sdk.mqtt.transports.choice import new_transport
 from edge_sdk.mqtt.transports.packets import MAX_REMAINING_LENGTH, PUBACK, PUBLISH, Inbox, encode_publish
-from edge_sdk.mqtt.transports.pipes import Piece, Progress
+from edge_sdk.mqtt.transports.pipes import Piece, Pipe, Progress
 from edge_sdk.settings import load_settings
 
 MODELS = {"tiny": ("tiny.onnx", 12_288), "mbv2": ("mobilenetv2-int8-random.onnx", 602_112)}
@@ -37,7 +37,7 @@ CONNACK = b"\x20\x03\x00\x00\x00"
 CONNECT, SUBSCRIBE = 0x10, 0x80
 
 
-class MemoryPipe:
+class MemoryPipe(Pipe):
     """A pipe to a broker that agrees to everything, at once. Its own time is counted in `spent_s`."""
 
     tells_empty = True
