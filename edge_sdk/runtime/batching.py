@@ -12,12 +12,15 @@ Who comes first: the higher priority, and a request gains one level for each sec
 ever behind a stream of urgent ones. Among equals the clients take turns, so one that sends a thousand requests delays
 another's only one by a single place. Each client's own requests of one priority keep their order.
 
-Who may wait: anybody while there is room. In a full queue whoever holds the most of it gives up its newest request to
-one that holds less, and only the one that holds the most is told to come back later.
+Who may wait: anybody while there is room, and time. In a full queue whoever holds the most of it gives up its newest
+request to one that holds less, and only the one that holds the most is told to come back later. So is, at once, whose
+turn will not come before most of its life is over: a queue that is longer than its requests live would compute each for
+nobody, or a moment too late.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +30,10 @@ from edge_sdk.runtime.messages import Answer, Request
 
 _SECONDS_A_LEVEL = 1.0
 """How long a request waits for one more level of priority: from the lowest to the highest is within most deadlines."""
+
+_OF_ITS_LIFE = 0.8
+"""How much of the time that is left a request may spend waiting, as far as that can be told: it is to be computed and
+answered, too, and a broker counts in whole seconds."""
 
 _ANY = -1
 """In place of a priority: where order is kept among all of them."""
@@ -73,6 +80,8 @@ class BatchPlanner:
     _waiting: int = 0
     _waiting_bytes: int = 0
     _seconds_per_request: float = 0.01
+    _knows_pace: bool = False
+    """Whether the line above was measured."""
 
     def __len__(self) -> int:
         return self._waiting
@@ -85,10 +94,13 @@ class BatchPlanner:
     def offer(self, request: Request, now: float) -> list[Answer]:
         """Queue `request`; the answers to those that had to leave for it.
 
-        Raises QueueFull, with an honest moment to come back, if the queue is full and its client holds the most of it.
+        Raises QueueFull, with an honest moment to come back, if the queue is full and its client holds the most of it,
+        or if its turn would come too late.
         """
         # Of one frame a pipeline asks for several parts (tickets below 0), and none of them takes another's place.
         superseded = self._of_client(request.client) if self.newest_wins and request.ticket >= 0 else []
+        if not superseded and (late_s := self._too_late_s(request, now)) > 0:
+            raise self._full(request, math.ceil(late_s * 1000))
         victims = self._in_the_way(request, superseded)  # before anybody has to leave: it may be refused
         displaced: list[Answer] = []
         if superseded:
@@ -135,7 +147,8 @@ class BatchPlanner:
         return max(now, min(min(head.received + self.max_wait_s, head.deadline) for head in heads))
 
     def computed(self, requests: int, seconds: float) -> None:
-        """Learn how long requests take, for `backlog_ms`."""
+        """Learn how long requests take."""
+        self._knows_pace = True
         self._seconds_per_request += 0.1 * (seconds / max(1, requests) - self._seconds_per_request)
 
     def backlog_ms(self) -> int:
@@ -170,6 +183,22 @@ class BatchPlanner:
 
     def _level(self, request: Request, now: float) -> float:
         return request.priority + (now - request.received) // _SECONDS_A_LEVEL
+
+    def _too_late_s(self, request: Request, now: float) -> float:
+        """How much too long `request` would wait, in seconds; 0 or less: it may, or nobody knows."""
+        if not self._knows_pace or request.deadline <= now:
+            return 0.0
+        patience_s = _OF_ITS_LIFE * (request.deadline - now)
+        if (wait_s := self._waiting * self._seconds_per_request) <= patience_s:
+            return wait_s - patience_s  # however many of them come first
+        priority = _ANY if self.in_order else request.priority
+        mine = len(self._flows.get((request.client, priority), ()))
+        ahead = sum(
+            len(waiting) if other > priority else min(len(waiting), mine + 1)
+            for (_, other), waiting in self._flows.items()
+            if other >= priority
+        )
+        return ahead * self._seconds_per_request - patience_s
 
     def _in_the_way(self, request: Request, leaving: Sequence[Request]) -> list[Request]:
         """Who has to leave for `request`, beside those that are `leaving` anyway; QueueFull if it holds the most."""
@@ -225,11 +254,11 @@ class BatchPlanner:
         if not self._requests[request.client]:
             del self._requests[request.client], self._bytes[request.client]
 
-    def _full(self, request: Request) -> QueueFull:
+    def _full(self, request: Request, retry_after_ms: int = 0) -> QueueFull:
         return QueueFull(
             f"The model {request.model} has {self._waiting} requests waiting.",
             fix="Try again later.",
-            retry_after_ms=self.backlog_ms(),
+            retry_after_ms=retry_after_ms or self.backlog_ms(),
         )
 
 

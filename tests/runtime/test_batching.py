@@ -272,3 +272,54 @@ def test_only_what_is_alike_is_packed_together(requests: list[tuple[str, int]], 
         indices = [index for index, other in enumerate(shapes) if other == shape]
         alone = [[indices[place] for place in group] for group in pack([rows[i] for i in indices], max_rows)]
         assert alone == [group for group in groups if shapes[group[0]] == shape]
+
+
+def paced(*, each_s: float, **settings: Any) -> BatchPlanner:
+    """One that has learned what a request takes."""
+    planner = BatchPlanner(1, **settings)
+    for _ in range(200):
+        planner.computed(1, each_s)
+    return planner
+
+
+def test_who_would_wait_for_most_of_his_life_is_told_at_once() -> None:
+    """Of requests with two seconds to live, as many wait as can be computed in 1.6 s; the next hears when to come."""
+    planner = paced(each_s=0.1)
+    for ticket in range(17):
+        planner.offer(request(ticket, deadline=2.0), 0.0)
+    with pytest.raises(QueueFull) as told:
+        planner.offer(request(17, deadline=2.0), 0.0)
+
+    assert 100 == told.value.retry_after_ms
+    assert [] == planner.offer(request(18, deadline=3.0), 0.0)  # who has more time may wait
+    assert [] == planner.offer(request(19, deadline=2.0, priority=9), 0.0)  # who comes first does not wait
+    assert [] == planner.offer(request(20, deadline=2.0, client="another"), 0.0)  # whose turn comes after one
+
+
+def test_nobody_is_turned_away_by_a_guess_or_alone() -> None:
+    """Before anything was computed nobody knows how long it takes; and an empty queue is waited for by nobody."""
+    planner = BatchPlanner(1)
+    for ticket in range(50):
+        planner.offer(request(ticket, deadline=0.1), 0.0)
+    slow = paced(each_s=60.0)
+    slow.offer(request(1, deadline=0.1), 0.0)
+
+    assert 50 == len(planner)
+    assert 1 == len(slow)
+
+
+def test_the_newest_of_a_stream_takes_the_place_of_the_last() -> None:
+    """However slow the model: it waits no longer than the one that leaves."""
+    planner = paced(each_s=60.0, newest_wins=True)
+    planner.offer(request(1, deadline=1.0), 0.0)
+
+    assert [1] == [answer.ticket for answer in planner.offer(request(2, deadline=1.0), 0.0)]
+
+
+def test_the_late_are_told_so_and_not_to_come_later() -> None:
+    """A request whose time is over when it comes gets its 408, as any other that expires."""
+    planner = paced(each_s=1.0)
+    planner.offer(request(1, deadline=5.0), 0.0)
+    planner.offer(request(2, deadline=0.0), 0.0)
+
+    assert [2] == [late.ticket for late in planner.expire(0.0).expired]
