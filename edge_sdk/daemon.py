@@ -68,7 +68,7 @@ from edge_sdk.mqtt.transports.base import (
 from edge_sdk.notify import Notifier, watchdog_interval_s
 from edge_sdk.profiles import Machine
 from edge_sdk.runtime.batching import QueueLimits
-from edge_sdk.runtime.messages import Answer
+from edge_sdk.runtime.messages import Answer, stopping
 from edge_sdk.runtime.recorder import FlightRecorder
 from edge_sdk.runtime.service import Service
 from edge_sdk.settings import Settings
@@ -304,7 +304,7 @@ class Daemon:
         self._routes[intake.ticket] = (session, route, now + self._settings.limits.request_timeout_s)
         try:
             if not taking:
-                raise Unavailable("The device is stopping.", retry_after_ms=1000)
+                raise stopping()
             if self._draining and session is self._session:
                 raise Unavailable("The device is drained.", retry_after_ms=DRAINED_RETRY_MS)
             if intake.fate == "reused":

@@ -63,6 +63,16 @@ def installed_version(module: str, *distributions: str) -> str:
     return UNKNOWN_VERSION
 
 
+def version_numbers(version: str) -> tuple[int, ...]:
+    """(10, 3, 0) for 10.3.0; what follows the first part that is no number is left out."""
+    numbers: list[int] = []
+    for part in version.split("."):
+        if not (part.isascii() and part.isdigit()):
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
 Progress = Callable[[float], None]
 """Told how much of a build is done, from 0 to 1."""
 

@@ -11,14 +11,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edge_sdk.backends.base import Availability, EngineOrder, Progress, installed_version, no_progress
+from edge_sdk.backends.base import (
+    Availability,
+    EngineOrder,
+    Progress,
+    installed_version,
+    no_progress,
+    version_numbers,
+)
 from edge_sdk.backends.onnx_bytes import refuse_external_data
 from edge_sdk.errors import BackendUnavailable, EngineFailed, OutOfMemory
 from edge_sdk.package import GRAPH, EnginePackage
@@ -191,7 +197,7 @@ def _session(graph: bytes | str, profile: DeviceProfile, provider: str) -> Any:
         "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
         "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
     }[profile.onnxruntime.graph_optimization]
-    spins = profile.onnxruntime.spinning and _release(onnxruntime.__version__) >= _SPINS_BRIEFLY
+    spins = profile.onnxruntime.spinning and version_numbers(onnxruntime.__version__) >= _SPINS_BRIEFLY
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spins)))
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
     options.add_session_config_entry("session.force_spinning_stop", "1")  # at the end of a run
@@ -202,11 +208,6 @@ def _session(graph: bytes | str, profile: DeviceProfile, provider: str) -> Any:
         return onnxruntime.InferenceSession(graph, options, providers=there)
     except Exception as exc:  # onnxruntime's exceptions share no base class
         raise EngineFailed(f"onnxruntime cannot load the graph: {_first_line(exc)}.") from exc
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """`1.26.0rc1` -> (1, 26)."""
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def _mapped(array: Array, convert: Callable[[Any], Any]) -> Array:

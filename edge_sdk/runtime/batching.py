@@ -100,7 +100,11 @@ class BatchPlanner:
         # Of one frame a pipeline asks for several parts (tickets below 0), and none of them takes another's place.
         superseded = self._of_client(request.client) if self.newest_wins and request.ticket >= 0 else []
         if not superseded and (late_s := self._too_late_s(request, now)) > 0:
-            raise self._full(request, math.ceil(late_s * 1000))
+            raise QueueFull(
+                f"The model {request.model} has {self._waiting} requests waiting, more than this one has time for.",
+                fix="Try again later, or give it more time.",
+                retry_after_ms=math.ceil(late_s * 1000),
+            )
         victims = self._in_the_way(request, superseded)  # before anybody has to leave: it may be refused
         displaced: list[Answer] = []
         if superseded:
@@ -254,11 +258,11 @@ class BatchPlanner:
         if not self._requests[request.client]:
             del self._requests[request.client], self._bytes[request.client]
 
-    def _full(self, request: Request, retry_after_ms: int = 0) -> QueueFull:
+    def _full(self, request: Request) -> QueueFull:
         return QueueFull(
             f"The model {request.model} has {self._waiting} requests waiting.",
             fix="Try again later.",
-            retry_after_ms=retry_after_ms or self.backlog_ms(),
+            retry_after_ms=self.backlog_ms(),
         )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Union
 
-from edge_sdk.errors import RequestError
+from edge_sdk.errors import RequestError, Unavailable
 from edge_sdk.tasks.base import Body, Payload
 
 SELF_TEST = 0
@@ -68,3 +68,8 @@ class Answer(NamedTuple):
     @property
     def status(self) -> int:
         return self.result.status if isinstance(self.result, RequestError) else 200
+
+
+def stopping() -> Unavailable:
+    """What a request is told that a stop leaves undone."""
+    return Unavailable("The device is stopping.", retry_after_ms=1000)

@@ -38,7 +38,7 @@ from edge_sdk.errors import (
 )
 from edge_sdk.runtime.batching import QueueLimits
 from edge_sdk.runtime.catalog import NO_VERSION, Key, called_like
-from edge_sdk.runtime.messages import Answer, Request, Timing
+from edge_sdk.runtime.messages import Answer, Request, Timing, stopping
 from edge_sdk.runtime.served import UNLOADED, ServedModel
 from edge_sdk.stages import REQUEST, PipelinePackage, Stage, pipeline_folders
 from edge_sdk.tasks.base import BINARY, JPEG, PNG, Body, Payload
@@ -301,7 +301,7 @@ class Pipelines:
                 if not run.over:
                     self._end(run, InferenceFailed("The pipeline failed; the device's log has the reason."))
         for run in tuple(self._runs):  # what they wait for may never come
-            self._end(run, Unavailable("The device is stopping.", retry_after_ms=1000))
+            self._end(run, stopping())
 
     # On the thread
 

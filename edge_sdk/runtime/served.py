@@ -122,7 +122,7 @@ class ServedModel:
         self._gate = gate
         self._flights: deque[Flight] = deque()  # of the worker in use, in the order in which they were started
         self._lock = threading.RLock()  # guards everything below
-        self._changed = threading.Condition(self._lock)  # held as the lock: that costs a request a third
+        self._changed = threading.Condition(self._lock)  # to enter the lock itself costs a third of entering this
         self._newest_wins = newest_wins
         self._planner = BatchPlanner(1, limits=limits, newest_wins=newest_wins and not stateful, in_order=stateful)
         self._decoders = decoders

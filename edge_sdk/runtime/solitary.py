@@ -17,9 +17,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from edge_sdk.errors import InferenceFailed, QueueFull, RequestError, Unavailable
+from edge_sdk.errors import InferenceFailed, QueueFull, RequestError
 from edge_sdk.runtime.batching import QueueLimits
-from edge_sdk.runtime.messages import Answer, Request
+from edge_sdk.runtime.messages import Answer, Request, stopping
 from edge_sdk.runtime.recorder import FlightRecorder
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Solitary:
                 raise _barred(model, request, quarantine.ends(request.key), quarantine.barred_s(request.key, now))
         with self._arrived:
             if self._ended:
-                raise _stopping()
+                raise stopping()
             size = len(request.payload.data)
             if len(self) >= self._limits.max_requests or self.waiting_bytes + size > self._limits.max_bytes:
                 raise self._full(now)
@@ -172,7 +172,7 @@ class Solitary:
         while self._waiting:  # nobody adds to it any more
             model, request = self._waiting.popleft()
             self.waiting_bytes -= len(request.payload.data)
-            self._on_answer(Answer(request.ticket, _stopping(), model.version))
+            self._on_answer(Answer(request.ticket, stopping(), model.version))
 
     def _compute(self, model: ServedModel, request: Request) -> bool:
         """Whether it was answered; not while its model is loading."""
@@ -196,10 +196,6 @@ class Solitary:
             fix="Try again later.",
             retry_after_ms=math.ceil(len(self) * each_s * 1000),
         )
-
-
-def _stopping() -> Unavailable:
-    return Unavailable("The device is stopping.", retry_after_ms=1000)
 
 
 def _barred(model: ServedModel, request: Request, ends: int, left_s: float) -> InferenceFailed:

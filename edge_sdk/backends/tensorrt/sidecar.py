@@ -24,6 +24,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from edge_sdk.backends.base import version_numbers
 from edge_sdk.toml import describe
 
 PLAN = "engine.plan"
@@ -249,7 +250,7 @@ _LATER_MAJORS = {8: (8, 10), 10: (10, 11)}
 
 
 def _carries_over(built: str, here: str) -> bool:
-    ours, theirs = _numbers(built), _numbers(here)
+    ours, theirs = version_numbers(built), version_numbers(here)
     if not ours or not theirs or ours < (8, 6) or theirs < ours:
         return False
     return theirs[0] in _LATER_MAJORS.get(ours[0], (ours[0],))
@@ -274,7 +275,7 @@ def _compute_capability_misfit(sidecar: Sidecar, here: Here) -> str | None:
     wanted = "8.0 and later" if from_ampere_on else " and ".join(sidecar.compute_capabilities) or "none that it names"
     if here.compute_capability is None:
         return f"it was built for compute capability {wanted}, and which one {here.gpu} has cannot be told"
-    if _numbers(here.compute_capability) >= (8, 0) if from_ampere_on else _named(sidecar, here):
+    if version_numbers(here.compute_capability) >= (8, 0) if from_ampere_on else _named(sidecar, here):
         return None
     return f"it was built for compute capability {wanted}; {here.gpu} has {here.compute_capability}"
 
@@ -290,32 +291,26 @@ compatibility. A Jetson's drivers have numbers of the same kind."""
 
 def newest_cuda(driver: str) -> str | None:
     """The newest major release of CUDA whose programs a driver runs, as "13"; None for one older than ours go back."""
-    fitting = [cuda for cuda, oldest in _OLDEST_DRIVERS.items() if _numbers(driver) >= _numbers(oldest)]
+    fitting = [cuda for cuda, oldest in _OLDEST_DRIVERS.items() if version_numbers(driver) >= version_numbers(oldest)]
     return str(max(fitting)) if fitting else None
 
 
 def _driver_misfit(sidecar: Sidecar, here: Here) -> str | None:
-    needed = _numbers(sidecar.cuda or "")[:1]
+    needed = version_numbers(sidecar.cuda or "")[:1]
     if needed and here.cuda is not None:
-        if _numbers(here.cuda)[:1] < needed:
+        if version_numbers(here.cuda)[:1] < needed:
             return f"it needs CUDA {sidecar.cuda}; the driver here runs programs of CUDA {here.cuda} at most"
     elif needed and here.driver is not None:
         oldest = _OLDEST_DRIVERS.get(needed[0], "")
-        if _numbers(here.driver) < _numbers(oldest):
+        if version_numbers(here.driver) < version_numbers(oldest):
             return f"it needs CUDA {sidecar.cuda}, so a driver from {oldest} on; here is {here.driver}"
-    if sidecar.driver is not None and here.driver is not None and _numbers(here.driver) < _numbers(sidecar.driver):
+    if (
+        sidecar.driver is not None
+        and here.driver is not None
+        and version_numbers(here.driver) < version_numbers(sidecar.driver)
+    ):
         return f"it was built with driver {sidecar.driver}; the one here is older, {here.driver}"
     return None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """(10, 3, 0) for 10.3.0; what follows the first part that is no number is left out."""
-    numbers: list[int] = []
-    for part in version.split("."):
-        if not (part.isascii() and part.isdigit()):
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
 
 
 def _printable(text: str) -> str:

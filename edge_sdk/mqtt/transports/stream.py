@@ -158,7 +158,7 @@ class StreamTransport:
         self._packet_id = FIRST_PUBLISH_ID - 1
 
         self._give_up_at = time.monotonic() + timeout_s
-        self._pipe = open_pipe(options, timeout_s) if reached is None else reached
+        self._pipe = self.reach(options, timeout_s=timeout_s) if reached is None else reached
         self._selector.register(self._pipe, selectors.EVENT_READ)
         self._more = not self._pipe.tells_empty  # a handshake may have read what came behind it
         self._keepalive_s = options.keepalive_s
